@@ -1,0 +1,1 @@
+"""The hand: job specs, the command line and reports."""

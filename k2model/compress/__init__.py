@@ -1,0 +1,1 @@
+"""Compression: calibration, outlier balancing, INT8 quantization."""

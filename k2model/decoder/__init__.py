@@ -1,0 +1,1 @@
+"""The decoder: packed tokens in, hidden states out. Knows no request."""

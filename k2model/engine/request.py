@@ -1,0 +1,50 @@
+"""What the engine is asked and what it answers. Token ids only; no tensor, no text."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A continuation of the prompt whose probability is asked for."""
+
+    token_ids: tuple[int, ...]
+    num_scored: int
+    """Only the last `num_scored` tokens count; those before are given, such as the words of a question."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt, with candidates to score, or with a number of tokens to generate (greedily)."""
+
+    prompt_ids: tuple[int, ...]
+    num_prefix_tokens: int = 0
+    """The first tokens of the prompt, which many requests share and which are computed once for all of them. Fixed by
+    the caller, because the split decides the order of summation in attention: the same row must always name the same."""
+    candidates: tuple[Candidate, ...] = ()
+    max_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """The answer to one request."""
+
+    logprobs: tuple[float, ...] = ()
+    """For each candidate: the sum over its scored tokens of the natural log-probability of the token given all before."""
+    token_ids: tuple[int, ...] = ()
+    """Generated tokens, without the stop token."""
+    finish_reason: str = ""
+    """`stop` or `length`; empty when nothing was to be generated."""
+    computed_tokens: int = 0
+    """Tokens computed for this request alone: neither its shared prefix nor any token another request computed."""
+
+
+class SupportsSubmit(Protocol):
+    """What the flow needs of an engine."""
+
+    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
+        """Return a future of one completion per request, in order."""
+        ...

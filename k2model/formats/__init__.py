@@ -1,0 +1,1 @@
+"""Checkpoint formats: what lies on disk, opened as plain tensors."""

@@ -1,0 +1,1 @@
+"""Arithmetic. Tensors in, tensors out: knows no model, no request, no row."""

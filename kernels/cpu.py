@@ -1,0 +1,165 @@
+"""The CPU kernels: every result row depends on its own input row alone, to the bit, whatever rows stand beside it.
+
+Legend: T tokens, K in features, N out features, D head size, B sequences, H heads, G key-value heads, L queries, S keys.
+Each has its plain twin of the same name in kernels/reference.py.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+
+MAX_IN_FEATURES = (2**31 - 1) // 127**2
+"""The widest int8 dot product that cannot overflow int32: 133,152 columns of ±127."""
+
+_QUERY_BLOCK = 512
+"""Queries attended at once. Bounds the score matrix; blocks start at the row's own first token, so bits do not move."""
+
+_HEAD_BLOCK = 64
+"""Rows per output-embedding product, so that [rows, vocab] logits stay near the cache."""
+
+_ARGMAX_SHORTLIST = 16
+
+
+class ShapeError(ValueError):
+    """Tensors that do not fit together: a programmer's error, never a row's fate."""
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x` [T, K] float32 as int8 in [-127, 127] and its row scales [T] float32.
+
+    Source: LLM.int8(), arXiv 2208.07339, vector-wise scaling; absmax / 127, round to nearest even, as vLLM does.
+    """
+    x_scale = x.abs().amax(dim=1, keepdim=True).mul_(1 / 127)
+    # A zero row quantizes to zeros under any scale; 1 keeps 0/0 out.
+    x_scale.masked_fill_(x_scale == 0, 1.0)
+    # A subnormal absmax loses digits in its scale, so the quotient can pass 127.
+    return torch.div(x, x_scale).round_().clamp_(-127, 127).to(torch.int8), x_scale.squeeze(1)
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Return whether oneDNN's int8 product is exact here, proven on saturating inputs.
+
+    Processors without VNNI multiply through int16, which overflows on inputs like these.
+    """
+    k = 1536
+    x = torch.full((33, k), 127, dtype=torch.int8)
+    x[1::2] = -127
+    weight = torch.full((64, k), -127, dtype=torch.int8)
+    weight[::3] = 127
+    return torch.equal(torch._int_mm(x, weight.t()), reference.int8_matmul(x, weight))
+
+
+def int8_linear(x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return x @ weight.T as float32 [T, N], accumulated exactly in int32.
+
+    Args:
+        x_int8: [T, K] int8, row-quantized activations.
+        x_scale: [T] float32; x ≈ x_int8 * x_scale[:, None].
+        weight: [N, K] int8.
+        weight_scale: [N] float32.
+
+    Raises: ShapeError if K differs or could overflow int32.
+    """
+    if x_int8.shape[1] != weight.shape[1] or weight.shape[1] > MAX_IN_FEATURES:
+        raise ShapeError(f"int8_linear: {tuple(x_int8.shape)=}, {tuple(weight.shape)=}, K at most {MAX_IN_FEATURES}")
+    # oneDNN's s8 s8 s32 product; 88 % of the VNNI peak where torch's quantized.linear paths reach 0.1 to 70 %.
+    acc = torch._int_mm(x_int8, weight.t()) if int8_is_exact() else reference.int8_matmul(x_int8, weight)
+    return acc.to(torch.float32).mul_(x_scale[:, None]).mul_(weight_scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x²) + eps) * weight over the last axis [T, D] float32. Source: arXiv 1910.07467."""
+    mean_square = x.square().mean(dim=-1, keepdim=True)
+    return (x * mean_square.add_(eps).rsqrt_()).mul_(weight)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [T, H, D] rotated by position, half-split layout; cos, sin [T, D / 2]. Source: arXiv 2104.09864."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    torch.sub(first * cos, second * sin, out=out[..., :half])
+    torch.add(second * cos, first * sin, out=out[..., half:])
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of gate_up [T, 2 N], as [T, N]. Source: arXiv 2002.05202."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Return softmax(q kᵀ scale) v as [B, H, L, D] float32; products in the dtype of `k`, softmax in float32.
+
+    Query heads that read one key-value head are stacked as rows of one product. Keys are never padded: sequences of
+    one length attend together, so the order of every sum is a function of the row alone.
+
+    Args:
+        q: [B, H, L, D] float32.
+        k: [B, G, S, D] float32 or bfloat16.
+        v: [B, G, S, D], as k.
+        visible: [L, S] bool; each query sees at least one key.
+        scale: multiplies the scores.
+    """
+    batch, heads, length, head_dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    shared = heads // kv_heads
+    k_t = k.reshape(batch * kv_heads, keys, head_dim).transpose(1, 2)
+    v = v.reshape(batch * kv_heads, keys, head_dim)
+    q = q.mul(scale).to(k.dtype).reshape(batch * kv_heads, shared, length, head_dim)
+    hidden = torch.zeros(visible.shape, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
+    out = torch.empty(batch * kv_heads, shared, length, head_dim)
+    for start in range(0, length, _QUERY_BLOCK):
+        block = slice(start, min(start + _QUERY_BLOCK, length))
+        size = block.stop - block.start
+        q_block = q[:, :, block].reshape(batch * kv_heads, shared * size, head_dim)
+        scores = torch.bmm(q_block, k_t).float().view(batch * kv_heads, shared, size, keys)
+        weights = torch.softmax(scores.add_(hidden[block]), dim=-1).to(k.dtype)
+        weights = weights.view(batch * kv_heads, shared * size, keys)
+        out[:, :, block] = torch.bmm(weights, v).float().view(batch * kv_heads, shared, size, head_dim)
+    return out.view(batch, heads, length, head_dim)
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return log softmax(hidden @ head.T) at `token_ids`, as [T, C] float32.
+
+    The logits of `token_ids` are summed in float32; the normalizer over the vocabulary is taken from products in the
+    dtype of `head`, where bfloat16 beats INT8 on this shape (k2batch bench linear).
+
+    Args:
+        hidden: [T, D] float32, after the final norm.
+        head: [V, D] the output embedding.
+        token_ids: [T, C] int64.
+    """
+    blocks = []
+    for rows, ids in zip(hidden.split(_HEAD_BLOCK), token_ids.split(_HEAD_BLOCK), strict=True):
+        logits = torch.mm(rows.to(head.dtype), head.t()).float()
+        # torch.logsumexp splits the vocabulary over threads when there is but one row; log_softmax never does.
+        normalizer = logits.amax(dim=-1) - torch.log_softmax(logits, dim=-1).amax(dim=-1)
+        blocks.append(_exact_logits(rows, head, ids) - normalizer[:, None])
+    return torch.cat(blocks)
+
+
+def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return the token with the highest logit per row [T] int64; the lowest id wins a tie of up to 16.
+
+    A shortlist by products in the dtype of `head`, then exact float32 logits: bfloat16 logits near 20 are 0.125 apart.
+    """
+    blocks = []
+    for rows in hidden.split(_HEAD_BLOCK):
+        ids = torch.mm(rows.to(head.dtype), head.t()).topk(min(_ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices
+        ids = ids.sort(dim=-1).values
+        best = _exact_logits(rows, head, ids).argmax(dim=-1, keepdim=True)
+        blocks.append(ids.gather(1, best).squeeze(1))
+    return torch.cat(blocks)
+
+
+def _exact_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return [T, C] float32 logits of `token_ids`, each one product and sum over its own row."""
+    return (head[token_ids].float() * hidden[:, None, :]).sum(dim=-1)

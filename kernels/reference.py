@@ -1,0 +1,92 @@
+"""The naive twin of every kernel: slow, plain, and right. Oracles for tests; `int8_matmul` is also the exact fallback.
+
+Legend: T tokens, K in features, N out features, D hidden_size, B sequences, H heads, G key-value heads, L queries, S keys.
+"""
+
+import torch
+from torch import Tensor
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x` [T, K] as int8 in [-127, 127] and its row scales [T] float32, so that x ≈ x_int8 * x_scale[:, None].
+
+    The scale is absmax / 127; an all-zero row has scale 1. Source: LLM.int8(), arXiv 2208.07339, vector-wise scaling.
+    """
+    x = x.to(torch.float32)
+    x_scale = x.abs().amax(dim=1) / 127
+    x_scale = torch.where(x_scale == 0, torch.ones_like(x_scale), x_scale)
+    return torch.round(x / x_scale[:, None]).clamp(-127, 127).to(torch.int8), x_scale
+
+
+def int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
+    """Return x_int8 [T, K] @ weight [N, K].T as exact int32 [T, N].
+
+    Summed in float32 over blocks of 1024 columns: 1024 * 128**2 = 2**24, so every partial sum is an exact integer.
+    """
+    acc = torch.zeros(x_int8.shape[0], weight.shape[0], dtype=torch.int32)
+    for start in range(0, x_int8.shape[1], 1024):
+        block = slice(start, start + 1024)
+        acc += (x_int8[:, block].float() @ weight[:, block].float().t()).to(torch.int32)
+    return acc
+
+
+def int8_linear(x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return (x_int8 @ weight.T) * x_scale[:, None] * weight_scale as float32 [T, N]."""
+    return int8_matmul(x_int8, weight).to(torch.float32) * x_scale[:, None] * weight_scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x²) + eps) * weight over the last axis [T, D]. Source: arXiv 1910.07467."""
+    x = x.to(torch.float64)
+    return (x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight.double()).float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [T, H, D] rotated by position, half-split layout; cos, sin [T, D / 2]. Source: arXiv 2104.09864."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of gate_up [T, 2 N], as [T, N]. Source: arXiv 2002.05202."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    return (gate / (1 + torch.exp(-gate)) * up).float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Return softmax(q kᵀ scale) v as [B, H, L, D], one query at a time, in float64.
+
+    Args:
+        q: [B, H, L, D].
+        k: [B, G, S, D]; query head h reads key-value head h // (H / G).
+        v: [B, G, S, D].
+        visible: [L, S] bool; each query sees at least one key.
+        scale: multiplies the scores.
+    """
+    out = torch.empty_like(q)
+    shared = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                keys, values = k[b, h // shared, visible[i]].double(), v[b, h // shared, visible[i]].double()
+                out[b, h, i] = torch.softmax(keys @ q[b, h, i].double() * scale, dim=0) @ values
+    return out
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return log softmax(hidden @ head.T) at `token_ids`, as [T, C] float32.
+
+    Args:
+        hidden: [T, D] after the final norm.
+        head: [V, D] the output embedding.
+        token_ids: [T, C] int64.
+    """
+    logits = hidden.double() @ head.double().t()
+    return torch.log_softmax(logits, dim=-1).gather(1, token_ids).float()
+
+
+def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return the token with the highest logit per row [T] int64; the lowest id wins a tie."""
+    return (hidden.double() @ head.double().t()).argmax(dim=-1)

@@ -1,0 +1,1 @@
+"""The flow: units of row groups through Beam, committed by receipts."""

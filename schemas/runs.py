@@ -1,0 +1,184 @@
+"""The records a run is made of: plan, unit, receipt, manifest. Each is JSON on storage and a frozen dataclass here.
+
+    <output>/<run_id>/plan.json                       written once, before any work
+                      data/part-<unit>-<attempt>.parquet
+                      rejects/part-<unit>-<attempt>.parquet
+                      receipts/<unit>.json            written last: a unit is done when this exists
+                      _manifest.json                  names exactly the files that count
+                      _SUCCESS                        every planned row is annotated or rejected, within the limits
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from schemas.tickets import TicketColumns
+
+SCHEMA_VERSION = 1
+"""Part of a run's identity: raised when the same inputs would give other bytes."""
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Return the first `length` hex digits of the SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One question asked of every ticket."""
+
+    name: str
+    kind: str
+    """`choose` (one label), `choose_many` (any number of labels) or `generate` (free text)."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Label to description; the order is kept. Empty for `generate`."""
+    guidelines: str = ""
+    instruction: str = ""
+    """What to write, for `generate`."""
+    threshold: float = 0.5
+    """`choose_many`: the lowest score at which a label is given."""
+    max_tokens: int = 64
+    """`generate`: tokens at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A slice of one Parquet file: the unit of work, of retry and of output."""
+
+    unit_id: str
+    url: str
+    etag: str
+    """Changes when the file does, so a changed input is a new unit, never a stale skip."""
+    row_groups: tuple[int, int]
+    """First row group, and one past the last."""
+    skip: int
+    """Rows of the first row group that belong to an earlier unit."""
+    rows: int
+    first_row: int
+    """Row number in the file of the unit's first row, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RejectedFile:
+    """An input file that breaks the data contract as a whole."""
+
+    url: str
+    error_code: str
+    error_message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything a worker needs to know, and everything a rerun must find unchanged."""
+
+    run_id: str
+    job: str
+    output: str
+    """`<output url>/<run_id>`, without a trailing slash."""
+    columns: TicketColumns
+    tasks: tuple[Task, ...]
+    checkpoint: str
+    model_fingerprint: str
+    mode: str
+    prefix: str
+    """Written before every added column's name."""
+    max_prompt_tokens: int
+    units: tuple[Unit, ...]
+    rejected_files: tuple[RejectedFile, ...]
+    files: int
+    """Input files seen, rejected ones too."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all units."""
+        return sum(unit.rows for unit in self.units)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the plan that `to_json` wrote."""
+        raw = json.loads(text)
+        columns = raw["columns"]
+        raw["columns"] = TicketColumns(
+            id=columns["id"], text=tuple(columns["text"]), optional=tuple(columns["optional"])
+        )
+        raw["tasks"] = tuple(Task(**task) for task in raw["tasks"])
+        raw["units"] = tuple(Unit(**{**unit, "row_groups": tuple(unit["row_groups"])}) for unit in raw["units"])
+        raw["rejected_files"] = tuple(RejectedFile(**file) for file in raw["rejected_files"])
+        return cls(**raw)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """Proof that one unit is done, with its numbers. Runner-independent, so the run's totals are sums of receipts."""
+
+    unit_id: str
+    attempt: str
+    data: str
+    """File name under `data/`."""
+    data_sha256: str
+    rejects: str | None
+    """File name under `rejects/`; None when no row was rejected."""
+    rows: int
+    rows_annotated: int
+    rows_rejected: int
+    error_codes: dict[str, int]
+    labels: dict[str, dict[str, int]]
+    """Task name to label to rows."""
+    prompt_tokens: int
+    """Tokens of every row's prompt, as if each had been asked alone."""
+    computed_tokens: int
+    """Tokens the model really computed."""
+    output_tokens: int
+    seconds: float
+    """Wall time of the unit, from read to commit; units overlap."""
+
+    def to_json(self) -> str:
+        """Return the receipt as JSON text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the receipt that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The published result of a run: the files that count, and the totals."""
+
+    run_id: str
+    status: str
+    """`complete`, `incomplete` (units or input files are missing) or `too_many_rejects`."""
+    rows_in: int
+    rows_annotated: int
+    rows_rejected: int
+    units: int
+    units_done: int
+    prompt_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    error_codes: dict[str, int]
+    labels: dict[str, dict[str, int]]
+    data: tuple[str, ...]
+    """File names under `data/`, in plan order."""
+    rejects: tuple[str, ...]
+    rejected_files: tuple[RejectedFile, ...]
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the manifest that `to_json` wrote."""
+        raw = json.loads(text)
+        raw["data"] = tuple(raw["data"])
+        raw["rejects"] = tuple(raw["rejects"])
+        raw["rejected_files"] = tuple(RejectedFile(**file) for file in raw["rejected_files"])
+        return cls(**raw)
