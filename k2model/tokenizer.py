@@ -40,7 +40,9 @@ class Tokenizer:
         """
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise CheckpointError(f"{folder}: tokenizer.json is missing", remedy="put the checkpoint's tokenizer.json beside it")
+            raise CheckpointError(
+                f"{folder}: tokenizer.json is missing", remedy="put the checkpoint's tokenizer.json beside it"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             markup = tokenizers.Tokenizer.from_str(json.dumps(raw))
@@ -50,7 +52,9 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
         added = raw.get("added_tokens", [])
         settings = _read_json(folder / "tokenizer_config.json")
-        special = {name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {
+            name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         stop_ids = _stop_ids(folder, markup, special["eos_token"])
         return cls(
             markup=markup,

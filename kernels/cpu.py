@@ -1,6 +1,7 @@
 """The CPU kernels: every result row depends on its own input row alone, to the bit, whatever rows stand beside it.
 
-Legend: T tokens, K in features, N out features, D head size, B sequences, H heads, G key-value heads, L queries, S keys.
+Legend: T tokens, K in features, N out features, D head size, B sequences, H heads, G key-value heads, L queries,
+S keys, V vocabulary, C tokens asked for.
 Each has its plain twin of the same name in kernels/reference.py.
 """
 

@@ -1,6 +1,6 @@
 """The naive twin of every kernel: slow, plain, and right. Oracles for tests; `int8_matmul` is also the exact fallback.
 
-Legend: T tokens, K in features, N out features, D hidden_size, B sequences, H heads, G key-value heads, L queries, S keys.
+Legend: as kernels/cpu.py.
 """
 
 import torch

@@ -7,7 +7,7 @@ Per task (a column name is `<prefix><task>_<suffix>`):
 | `choose`      | `label`  | string             | the label with the highest score                                    |
 |               | `score`  | float              | its probability among the task's labels, in [0, 1]                  |
 |               | `margin` | float              | score minus the second best score                                   |
-|               | `scores` | map<string, float> | the probability of every label, in the order of the job file; sums to 1 |
+|               | `scores` | map<string, float> | the probability of every label, in the job file's order; sums to 1 |
 | `choose_many` | `labels` | list<string>       | every label whose score is at least the task's threshold            |
 |               | `scores` | map<string, float> | the probability of each label on its own; each in [0, 1]            |
 | `generate`    | `text`   | string             | the model's answer                                                  |

@@ -1,11 +1,11 @@
 """The records a run is made of: plan, unit, receipt, manifest. Each is JSON on storage and a frozen dataclass here.
 
-    <output>/<run_id>/plan.json                       written once, before any work
-                      data/part-<unit>-<attempt>.parquet
-                      rejects/part-<unit>-<attempt>.parquet
-                      receipts/<unit>.json            written last: a unit is done when this exists
-                      _manifest.json                  names exactly the files that count
-                      _SUCCESS                        every planned row is annotated or rejected, within the limits
+<output>/<run_id>/plan.json                       written once, before any work
+data/part-<unit>-<attempt>.parquet
+rejects/part-<unit>-<attempt>.parquet
+receipts/<unit>.json            written last: a unit is done when this exists
+_manifest.json                  names exactly the files that count
+_SUCCESS                        every planned row is annotated or rejected, within the limits
 """
 
 import hashlib

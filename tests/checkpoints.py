@@ -1,4 +1,4 @@
-"""A tiny random Llama checkpoint in the Hugging Face layout, with a byte-level tokenizer: real files, made in a second."""
+"""A tiny random Llama checkpoint in the Hugging Face layout, with a byte tokenizer: real files, made in a second."""
 
 import json
 from pathlib import Path
@@ -31,12 +31,13 @@ TEMPLATE = (
 
 
 def write_checkpoint(folder: Path, seed: int = 0, outlier: float = 1.0) -> Path:
-    """Write a checkpoint into `folder` and return it; `outlier` makes one input channel of every norm that much larger."""
+    """Write a checkpoint into `folder` and return it; `outlier` scales one channel of every norm."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        values: torch.Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return values
 
     d, ff, heads, kv_heads = 48, 96, 6, 2
     head_dim = d // heads
@@ -74,7 +75,17 @@ def write_tokenizer(folder: Path) -> None:
          "single_word": False, "lstrip": False, "rstrip": False}
         for i, text in enumerate(control)
     ]  # fmt: skip
-    model = {"type": "BPE", "vocab": {c: i for i, c in enumerate(alphabet)} | {t["content"]: t["id"] for t in added}, "merges": []}
-    tokenizer = {"version": "1.0", "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+    model = {
+        "type": "BPE",
+        "vocab": {c: i for i, c in enumerate(alphabet)} | {t["content"]: t["id"] for t in added},
+        "merges": [],
+    }
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))

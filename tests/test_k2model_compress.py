@@ -38,7 +38,9 @@ def test_smoothing_folds_away_and_brings_int8_nearer(tmp_path: Path) -> None:
 
 def test_strength_counts_every_token_alike(tmp_path: Path) -> None:
     source = open_checkpoint(str(write_checkpoint(tmp_path, outlier=40.0)))
-    decoder = Decoder.from_tensors(source.config(), source.tensors(), where="t", dtype=torch.float32, kv_dtype=torch.float32)
+    decoder = Decoder.from_tensors(
+        source.config(), source.tensors(), where="t", dtype=torch.float32, kv_dtype=torch.float32
+    )
     strengths = channel_strength(decoder, [IDS, IDS[:7]])
     assert len(strengths) == 2
     for layer in strengths:

@@ -1,5 +1,6 @@
 """The decoder against reference logits computed by transformers, checkpoint by checkpoint."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def float_decoder(checkpoint: Checkpoint) -> Decoder:
 def ragged_logits(decoder: Decoder, reference: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return [sum T, V]: all ragged sequences packed into one step."""
     cu = reference["ragged.cu_seqlens"].tolist()
-    lengths = [end - start for start, end in zip(cu, cu[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(cu)]
     groups = [Group(1, length, causal(length, 0)) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])
     return decoder.logits(decoder.forward(Step(reference["ragged.input_ids"], positions, groups)))

@@ -2,18 +2,17 @@
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from k2model.compress.recipe import prepare_int8
 from k2model.decoder.model import Decoder
-from k2model.engine import engine as engine_module
 from k2model.engine.candidates import ROOT, candidate_tree
 from k2model.engine.engine import Engine, load
 from k2model.engine.request import Candidate, Completion, Request
 from k2model.engine.scheduler import Scheduler, Sequence, Submission
+from k2model.formats.checkpoint import fingerprint
 from schemas.errors import K2Error
 from tests.checkpoints import write_checkpoint
 
@@ -136,7 +135,9 @@ def test_a_senseless_request_is_refused_at_once(engine: Engine, request_: Reques
         engine.submit([request_])
 
 
-def test_a_failing_step_reaches_its_owner_and_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_step_reaches_its_owner_and_the_engine_goes_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError, match="no room"):
@@ -198,4 +199,4 @@ def test_the_conversion_is_made_once_and_opens_as_w8a8(checkpoint: str, monkeypa
     monkeypatch.setattr("k2model.compress.recipe.write_int8", lambda *_: pytest.fail("converted twice"))
     assert prepare_int8(checkpoint) == converted
     assert prepare_int8(str(converted.path)).path == converted.path
-    assert engine_module.fingerprint(checkpoint, "cpu") in str(converted.path)
+    assert fingerprint(checkpoint, "cpu") in str(converted.path)

@@ -14,7 +14,7 @@ UNITS = Path(__file__).parents[2] / "shared/fixtures/quant_units/units.safetenso
 
 
 def rows(t: int, k: int, seed: int = 0) -> Tensor:
-    """Return [t, k] activations with an outlier channel, a zero row, a huge row and a subnormal row, where there is room."""
+    """Return [t, k] activations with an outlier channel and, with room, a zero, a huge and a subnormal row."""
     x = torch.randn(t, k, generator=torch.Generator().manual_seed(seed))
     x[:, k // 2] *= 60
     for row, value in ((1, 0.0), (2, 1e30), (4, 1e-42)):
@@ -107,7 +107,9 @@ def test_rope_and_swiglu_are_their_twins() -> None:
     ("b", "h", "g", "length", "keys"), [(1, 1, 1, 1, 1), (2, 6, 2, 5, 12), (3, 4, 4, 1, 7), (1, 9, 3, 17, 17)]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_attention_is_its_twin(b: int, h: int, g: int, length: int, keys: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_attention_is_its_twin(
+    b: int, h: int, g: int, length: int, keys: int, dtype: torch.dtype, tolerance: float
+) -> None:
     q, k, v = torch.randn(b, h, length, 8), torch.randn(b, g, keys, 8), torch.randn(b, g, keys, 8)
     visible = torch.rand(length, keys) < 0.6
     visible[:, 0] = True

@@ -47,7 +47,9 @@ def test_a_ticket_cannot_close_its_turn_or_move_itself() -> None:
 def test_choose_is_a_softmax_of_mean_logprobs() -> None:
     prompts = Prompts([CHOOSE], fake_tokenizer(), 2048)
     sizes = [c.num_scored for c in prompts.requests("x")[0].candidates]
-    answers = prompts.answers([Completion(logprobs=tuple(-size * mean for size, mean in zip(sizes, (1.0, 2.0, 0.5), strict=True)))])
+    answers = prompts.answers(
+        [Completion(logprobs=tuple(-size * mean for size, mean in zip(sizes, (1.0, 2.0, 0.5), strict=True)))]
+    )
     weights = [math.exp(-1.0), math.exp(-2.0), math.exp(-0.5)]
     expected = [weight / sum(weights) for weight in weights]
     assert [score for _, score in answers["policy_scores"]] == pytest.approx(expected)

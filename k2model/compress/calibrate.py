@@ -1,6 +1,7 @@
 """Calibration: how strong each input channel of a linear layer is, over the shipped texts."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ def channel_strength(decoder: Decoder, prompts: list[list[int]]) -> list[dict[st
 
     The strength is the root mean square of the channel relative to its token's, 1 on average. `decoder` is left as is.
     """
-    layers = [{name: _Watched(getattr(layer, name)) for name in STACKED} for layer in decoder.layers]
+    layers: list[dict[str, Any]] = [
+        {name: _Watched(getattr(layer, name)) for name in STACKED} for layer in decoder.layers
+    ]
     watched = replace(
         decoder, layers=[replace(layer, **watch) for layer, watch in zip(decoder.layers, layers, strict=True)]
     )

@@ -26,7 +26,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight.float() / scale).clamp(-127, 127).to(torch.int8), scale
 
 
-def smooth(tensors: dict[str, Tensor], strengths: list[dict[str, Tensor]], config: ModelConfig, alpha: float = ALPHA) -> None:
+def smooth(
+    tensors: dict[str, Tensor], strengths: list[dict[str, Tensor]], config: ModelConfig, alpha: float = ALPHA
+) -> None:
     """Balance the outliers of every layer's linears, in place; the float model computes what it did.
 
     Args:
@@ -76,7 +78,7 @@ def _balance(strength: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 
 def _per_kv_head(x: Tensor, config: ModelConfig) -> Tensor:
-    """Return the largest over the query heads that share a key-value head: [heads * head_dim] → [kv_heads * head_dim]."""
+    """Return the largest over query heads that share a key-value head: [H * head_dim] → [G * head_dim]."""
     shape = (config.num_key_value_heads, -1, config.head_dim)
     return x.view(shape).amax(dim=1).reshape(-1)
 

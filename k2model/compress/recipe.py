@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k2model.compress.calibrate import channel_strength, calibration_ids
+from k2model.compress.calibrate import calibration_ids, channel_strength
 from k2model.compress.quantize import quantize, smooth
 from k2model.decoder.model import Decoder
 from k2model.formats import compressed_tensors

@@ -64,16 +64,18 @@ class Layer:
     gate_up_proj: Linear
     down_proj: Linear
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], config: ModelConfig,
-                kv_dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], config: ModelConfig, kv_dtype: torch.dtype
+    ) -> Tensor:
         """Return the layer's output [T, D] float32 for `x` [T, D]; appends to each group's cache."""
         h = cpu.rms_norm(x, self.input_layernorm, config.rms_norm_eps)
         x = x + self.o_proj(self._attend(self.qkv_proj(h), rope, groups, config, kv_dtype))
         h = cpu.rms_norm(x, self.post_attention_layernorm, config.rms_norm_eps)
         return x + self.down_proj(cpu.swiglu(self.gate_up_proj(h)))
 
-    def _attend(self, qkv: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], config: ModelConfig,
-                kv_dtype: torch.dtype) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], config: ModelConfig, kv_dtype: torch.dtype
+    ) -> Tensor:
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
         rotated = cpu.apply_rope(qkv[:, : heads + kv_heads], *rope)
@@ -95,7 +97,9 @@ class Layer:
         """Return `k` and `v` [B, G, L, head_dim] behind what the group's sequences already hold."""
         if group.prefix is not None:
             past = (group.prefix.keys[self.index], group.prefix.values[self.index])
-            k, v = (torch.cat([p.expand(group.count, -1, -1, -1), new], dim=2) for p, new in zip(past, (k, v), strict=True))
+            k, v = (
+                torch.cat([p.expand(group.count, -1, -1, -1), new], dim=2) for p, new in zip(past, (k, v), strict=True)
+            )
         if group.cache is None:
             return k, v
         keys, values = group.cache.keys[self.index], group.cache.values[self.index]

@@ -58,7 +58,13 @@ class Decoder:
 
     @classmethod
     def from_tensors(
-        cls, config: ModelConfig, tensors: Mapping[str, Tensor], *, where: str, dtype: torch.dtype, kv_dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        where: str,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
     ) -> "Decoder":
         """Return a decoder over `tensors`, named as in a Hugging Face Llama checkpoint.
 
@@ -101,7 +107,7 @@ class Decoder:
         return cpu.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return [T, V] float32 logits of `hidden` [T, D], for tests and measurement; scoring needs only some of them."""
+        """Return [T, V] float32 logits of `hidden` [T, D], for measurement; scoring needs only some of them."""
         return torch.mm(hidden.to(self.lm_head.dtype), self.lm_head.t()).float()
 
     def allocate(self, count: int, capacity: int) -> KeyValues:
@@ -134,7 +140,9 @@ class _Taker:
             raise CheckpointError(f"{self.where}: tensor {name} is missing", remedy="the download may be incomplete")
         tensor = self.tensors[name]
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{self.where}: tensor {name} is {tuple(tensor.shape)}, expected {shape} by config.json")
+            raise CheckpointError(
+                f"{self.where}: tensor {name} is {tuple(tensor.shape)}, expected {shape} by config.json"
+            )
         return tensor
 
     def linear(self, name: str, n: int, k: int) -> Linear:

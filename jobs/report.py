@@ -1,0 +1,223 @@
+"""The report of a run: one HTML file beside the data, and the same in a few lines for the terminal.
+
+The file holds no script and loads nothing. Ticket text stands in it escaped and clipped, with control characters shown
+as marks, so a ticket can neither run nor rearrange the page of the person who reviews it.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.commit import read_plan, read_receipts
+from schemas.annotations import task_columns
+from schemas.errors import SpecError, StorageError
+from schemas.runs import Manifest, Plan, Task
+
+CLIP = 240
+"""Characters of a ticket shown."""
+
+EXAMPLES = 5
+"""Rejected rows shown for each reason."""
+
+SAMPLE_ROWS = 20
+"""Annotated rows shown."""
+
+# Controls, and the marks that turn the direction of text: either could garble the page around them.
+_MARKS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """A rejected row, for the report."""
+
+    url: str
+    row: int
+    id: str | None
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnnotatedRow:
+    """An annotated row, for the report."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    """One for each task."""
+
+
+def read_manifest(plan: Plan) -> Manifest:
+    """Return the published result of a run. Raises: SpecError if it was never finalized; StorageError."""
+    url = storage.join(plan.output, "_manifest.json")
+    try:
+        return Manifest.from_json(storage.read_text(url))
+    except FileNotFoundError:
+        remedy = "run its job again: it resumes, then publishes"
+        raise SpecError(f"{plan.output}: not finished, it has no _manifest.json", remedy=remedy) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{url}: not a manifest of this version: {error}", remedy="run the job again") from error
+
+
+def publish_report(plan: Plan, manifest: Manifest) -> str:
+    """Write report.html into the run's folder; return its URL. Raises: StorageError."""
+    url = storage.join(plan.output, "report.html")
+    storage.write_bytes_atomic(url, render(plan, manifest).encode())
+    return url
+
+
+def report(run_url: str) -> tuple[str, dict[str, Any]]:
+    """Write the report of the run at `run_url`; return it as lines for a terminal, and as the manifest's fields.
+
+    Raises: SpecError if there is no finished run; StorageError.
+    """
+    plan = read_plan(run_url)
+    manifest = read_manifest(plan)
+    url = publish_report(plan, manifest)
+    return text_report(plan, manifest), asdict(manifest) | {"report": url}
+
+
+def render(plan: Plan, manifest: Manifest) -> str:
+    """Return the report as HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    receipts = read_receipts(plan)
+    files = [{"unit": unit, "receipt": receipts[unit.unit_id]} for unit in plan.units if unit.unit_id in receipts]
+    return template.render(
+        plan=plan,
+        manifest=manifest,
+        files=files,
+        rejects=reject_examples(plan, manifest),
+        rows=sample_rows(plan, manifest),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        how_to_read=how_to_read(plan),
+        share=share,
+    )
+
+
+def text_report(plan: Plan, manifest: Manifest) -> str:
+    """Return the report as text of a few lines."""
+    lines = [
+        f"{manifest.run_id}: {manifest.status}",
+        f"  rows      {manifest.rows_in:,} in = {manifest.rows_annotated:,} annotated"
+        f" + {manifest.rows_rejected:,} rejected" + _missing_rows(manifest),
+        f"  units     {manifest.units_done:,} of {manifest.units:,} done",
+        f"  tokens    {manifest.prompt_tokens:,} in the prompts, {manifest.computed_tokens:,} computed"
+        f" ({share(manifest.computed_tokens, manifest.prompt_tokens)}), {manifest.output_tokens:,} written",
+    ]
+    lines += [f"  rejected  {rows:,} × {code}" for code, rows in manifest.error_codes.items()]
+    for task, labels in manifest.labels.items():
+        width = max((len(label) for label in labels), default=0)
+        lines.append(f"  {task}")
+        for label, rows in sorted(labels.items(), key=lambda item: -item[1]):
+            bar = "█" * round(30 * rows / max(manifest.rows_annotated, 1))
+            lines.append(f"    {label:<{width}} {rows:>8,} {share(rows, manifest.rows_annotated):>6} {bar}")
+    lines += [f"  bad file  {file.url}: {file.error_code}: {file.error_message}" for file in manifest.rejected_files]
+    lines += [
+        f"  result    {plan.output}/data/",
+        f"  report    {plan.output}/report.html",
+        f"  verify    k2batch verify {plan.output}",
+    ]
+    return "\n".join(lines)
+
+
+def how_to_read(plan: Plan) -> list[tuple[str, str]]:
+    """Return (tool, command) pairs that read the result."""
+    data = f"{plan.output}/data/"
+    return [
+        ("pandas", f'pandas.read_parquet("{data}")'),
+        ("pyarrow", f'pyarrow.dataset.dataset("{data}").to_table()'),
+        ("DuckDB", f"SELECT * FROM '{data}*.parquet'"),
+        ("proof", f"k2batch verify {plan.output}"),
+    ]
+
+
+def share(part: int, whole: int) -> str:
+    """Return `part` of `whole` as a percentage."""
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def _missing_rows(manifest: Manifest) -> str:
+    missing = manifest.rows_in - manifest.rows_annotated - manifest.rows_rejected
+    return f" + {missing:,} not done yet" if missing else ""
+
+
+def reject_examples(plan: Plan, manifest: Manifest) -> dict[str, list[Reject]]:
+    """Return a few rejected rows for each error code, reading no more files than needed."""
+    examples: dict[str, list[Reject]] = {code: [] for code in manifest.error_codes}
+    wanted = sum(min(EXAMPLES, rows) for rows in manifest.error_codes.values())
+    for name in manifest.rejects:
+        if sum(len(found) for found in examples.values()) >= wanted:
+            break
+        with storage.open_read(storage.join(plan.output, "rejects", name)) as file:
+            rows = pq.read_table(file).to_pylist()
+        for row in rows:
+            found = examples.setdefault(row["error_code"], [])
+            if len(found) < EXAMPLES:
+                row_id = None if row["id"] is None else clip(row["id"])
+                found.append(Reject(url=row["url"], row=row["row"], id=row_id, message=clip(row["error_message"])))
+    return examples
+
+
+def sample_rows(plan: Plan, manifest: Manifest) -> list[AnnotatedRow]:
+    """Return a few annotated rows, from the start of each of a few data files."""
+    sample: list[AnnotatedRow] = []
+    names = manifest.data[:: max(len(manifest.data) // 4, 1)][:4]
+    for name in names:
+        fill = -(-(SAMPLE_ROWS - len(sample)) // (len(names) - names.index(name)))
+        with storage.open_read(storage.join(plan.output, "data", name)) as file:
+            sample += _annotated(plan, pq.ParquetFile(file), fill)
+    return sample
+
+
+def _annotated(plan: Plan, file: pq.ParquetFile, most: int) -> list[AnnotatedRow]:
+    added = [field.name for task in plan.tasks for field in task_columns(task, plan.prefix)]
+    texts = list(plan.columns.present(file.schema_arrow))
+    status = f"{plan.prefix}status"
+    batch = next(file.iter_batches(batch_size=4 * most, columns=[plan.columns.id, *texts, status, *added]), None)
+    if batch is None:
+        return []
+    rows: list[AnnotatedRow] = []
+    for i in range(batch.num_rows):
+        if batch[status][i].as_py() == "annotated" and len(rows) < most:
+            text = "\n".join(part for part in (_text(batch[name][i]) for name in texts) if part.strip())
+            answers = tuple(_answer(plan, task, batch, i) for task in plan.tasks)
+            rows.append(AnnotatedRow(id=clip(_text(batch[plan.columns.id][i])), text=clip(text), answers=answers))
+    return rows
+
+
+def _answer(plan: Plan, task: Task, batch: pa.RecordBatch, i: int) -> str:
+    value = {
+        field.name.removeprefix(f"{plan.prefix}{task.name}_"): batch[field.name][i].as_py()
+        for field in task_columns(task, plan.prefix)
+    }
+    if task.kind == "choose":
+        return f"{value['label']} ({value['score']:.3f}, margin {value['margin']:.3f})"
+    if task.kind == "choose_many":
+        scores = dict(value["scores"])
+        return ", ".join(f"{label} ({scores[label]:.3f})" for label in value["labels"]) or "none"
+    return clip(value["text"])
+
+
+def _text(scalar: pa.Scalar) -> str:
+    """Return a value as text, whatever bytes it holds; empty for null."""
+    if not scalar.is_valid:
+        return ""
+    if pa.types.is_dictionary(scalar.type):
+        scalar = scalar.dictionary[scalar.index.as_py()]
+    if pa.types.is_integer(scalar.type):
+        return str(scalar.as_py())
+    return bytes(scalar.as_buffer()).decode(errors="replace")
+
+
+def clip(text: str) -> str:
+    """Return the first characters of `text`, with control and direction marks made visible."""
+    shown = _MARKS.sub("\N{REPLACEMENT CHARACTER}", text[:CLIP])
+    return shown + "…" if len(text) > CLIP else shown

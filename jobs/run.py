@@ -1,0 +1,209 @@
+"""One run of a job: plan, what is still pending, the flow, finalize, report. Running again resumes."""
+
+import logging
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jobs.report import publish_report
+from jobs.spec import JobSpec
+from k2model.formats.checkpoint import fingerprint
+from pipelines.annotate import OpenEngine
+from pipelines.commit import done_units, read_receipts, write_plan
+from pipelines.finalize import finalize
+from pipelines.units import make_plan
+from schemas.runs import Manifest, Plan
+
+POLL_SECONDS = 2.0
+"""Between looks at the receipts: one listing each, which a store answers a thousand names at a time."""
+
+QUIET_SECONDS = 30.0
+"""The longest silence of the progress lines."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The result of a run, as `k2batch run --json` prints it. Totals are the run's; seconds are this call's."""
+
+    run_id: str
+    status: str
+    """`complete`, `incomplete` or `too_many_rejects`."""
+    rows_in: int
+    rows_annotated: int
+    rows_rejected: int
+    units: int
+    seconds: float
+    """Wall time of this call, from the job file to the report."""
+    tickets_per_second: float
+    """Rows done by this call over `seconds`; 0 when all were done before."""
+    prompt_tokens: int
+    """Tokens of every row's prompt, as if each had been asked alone."""
+    computed_tokens: int
+    """Tokens the model really computed."""
+    output: str
+    """The run's folder."""
+
+
+def plan_job(spec: JobSpec) -> Plan:
+    """Return the plan of the job; writes nothing.
+
+    Raises: SpecError; SchemaMismatch; CheckpointError; StorageError.
+    """
+    return make_plan(
+        job=spec.name,
+        urls=spec.urls,
+        output=spec.output,
+        columns=spec.columns,
+        tasks=spec.tasks,
+        checkpoint=spec.checkpoint,
+        model_fingerprint=fingerprint(spec.checkpoint, spec.mode),
+        mode=spec.mode,
+        prefix=spec.prefix,
+        max_prompt_tokens=spec.max_prompt_tokens,
+        unit_rows=spec.unit_rows,
+        on_bad_file=spec.on_bad_file,
+    )
+
+
+def run(
+    spec: JobSpec, *, say: Say = lambda line: None, open_engine: OpenEngine | None = None
+) -> tuple[Summary, Manifest]:
+    """Return the result of the job, which is annotated as far as it was not before.
+
+    Args:
+        spec: the job.
+        say: takes each line of progress.
+        open_engine: stands in for the model, in tests.
+
+    Raises: K2Error, of any kind but RowError.
+    """
+    start = time.perf_counter()
+    _quiet_libraries()
+    plan = plan_job(spec)
+    write_plan(plan)
+    done = set(read_receipts(plan))
+    pending = [unit for unit in plan.units if unit.unit_id not in done]
+    _announce(plan, len(pending), say)
+    if pending:
+        from pipelines.runners import run_units  # Beam, 0.6 s, which a finished run and `plan` do not need
+
+        with _progress(plan, done, say):
+            run_units(
+                plan,
+                pending,
+                runner=spec.runner,
+                workers=spec.workers,
+                options=spec.options,
+                open_engine=open_engine,
+            )
+    manifest = finalize(plan, max_reject_rate=spec.max_reject_rate)
+    publish_report(plan, manifest)
+    seconds = time.perf_counter() - start
+    finished = done_units(plan) - done
+    rows = sum(unit.rows for unit in plan.units if unit.unit_id in finished)
+    return summarize(plan, manifest, seconds, rows), manifest
+
+
+def summarize(plan: Plan, manifest: Manifest, seconds: float, rows: int) -> Summary:
+    """Return the summary of a call that took `seconds` and did `rows`."""
+    return Summary(
+        run_id=manifest.run_id,
+        status=manifest.status,
+        rows_in=manifest.rows_in,
+        rows_annotated=manifest.rows_annotated,
+        rows_rejected=manifest.rows_rejected,
+        units=manifest.units,
+        seconds=round(seconds, 3),
+        tickets_per_second=round(rows / seconds, 2) if seconds else 0.0,
+        prompt_tokens=manifest.prompt_tokens,
+        computed_tokens=manifest.computed_tokens,
+        output=plan.output,
+    )
+
+
+def exit_code(manifest: Manifest) -> int:
+    """Return the exit code that the documented table gives this result."""
+    if manifest.status == "complete":
+        return 0
+    if manifest.status == "too_many_rejects":
+        return 6
+    return 3 if manifest.rejected_files else 5
+
+
+def peak_memory_mb() -> float:
+    """Return the most memory this process, or any worker it waited for, ever held, in MB."""
+    usages = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    # Kilobytes on Linux, bytes on macOS.
+    return max(usages) / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _announce(plan: Plan, pending: int, say: Say) -> None:
+    say(
+        f"run {plan.run_id}: {plan.rows:,} tickets in {plan.files - len(plan.rejected_files)} files,"
+        f" {len(plan.units)} units"
+    )
+    for file in plan.rejected_files:
+        say(f"  rejected file {file.url}: {file.error_code}: {file.error_message}")
+    if pending < len(plan.units):
+        say(f"  {len(plan.units) - pending} units are done already, {pending} to go")
+
+
+def _quiet_libraries() -> None:
+    """Keep Beam's and Dask's remarks out of the progress lines; their errors still come."""
+    for name in ("apache_beam", "distributed", "asyncio", "tornado"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _progress(plan: Plan, done: set[str], say: Say) -> Iterator[None]:
+    """Say how far the run is, from a thread, whenever a unit is done."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(plan, done, say, stop), name="k2batch-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _watch(plan: Plan, done: set[str], say: Say, stop: threading.Event) -> None:
+    start = said = time.perf_counter()
+    rows_of = {unit.unit_id: unit.rows for unit in plan.units}
+    rows_before = sum(rows_of[unit_id] for unit_id in done)
+    units_said = len(done)
+    while not stop.wait(POLL_SECONDS):
+        now = time.perf_counter()
+        try:
+            receipts = done_units(plan)
+        except Exception as error:  # progress is a courtesy: the flow meets the same store and speaks for itself
+            say(f"  progress cannot be read just now: {error}")
+            continue
+        if len(receipts) == units_said and now - said < QUIET_SECONDS:
+            continue
+        rows = sum(rows_of[unit_id] for unit_id in receipts)
+        said, units_said = now, len(receipts)
+        say(progress_line(len(receipts), len(plan.units), rows, plan.rows, rows - rows_before, now - start))
+
+
+def progress_line(units: int, all_units: int, rows: int, all_rows: int, rows_now: int, seconds: float) -> str:
+    """Return a line such as `  3/9 units · 768/1,520 tickets (51 %) · 24.1 tickets/s · 31 s to go`."""
+    line = f"  {units}/{all_units} units · {rows:,}/{all_rows:,} tickets ({100 * rows // max(all_rows, 1)} %)"
+    if not rows_now:
+        return f"{line} · {duration(seconds)} so far"
+    rate = rows_now / seconds
+    return f"{line} · {rate:.1f} tickets/s · {duration((all_rows - rows) / rate)} to go"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for people: `31 s`, `4 min`, `2 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

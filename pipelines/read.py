@@ -1,0 +1,76 @@
+"""Rows of one unit, as the file holds them: every column, every type, every byte."""
+
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from schemas.errors import SchemaMismatch
+from schemas.runs import Unit
+
+# A slice of a giant row group is decoded in batches of this many rows, so memory stays that of the slice.
+_BATCH_ROWS = 1024
+
+
+def read_unit(unit: Unit) -> pa.Table:
+    """Return the unit's rows with all input columns, in file order.
+
+    Raises: SchemaMismatch if the file is gone, is not the file that was planned, or cannot be decoded; StorageError.
+    """
+    try:
+        found = storage.etag(unit.url)
+        if found != unit.etag:
+            raise SchemaMismatch(
+                f"{unit.url}: changed since the plan was made (etag {found}, planned {unit.etag})",
+                remedy="run the job again: a changed file makes a new plan",
+            )
+        with storage.open_read(unit.url) as file:
+            return storage.retried(f"read {unit.url}", lambda: _decode(unit, file))
+    except FileNotFoundError as error:
+        raise SchemaMismatch(
+            f"{unit.url}: gone since the plan was made", remedy="put it back, or run the job again without it"
+        ) from error
+
+
+def _decode(unit: Unit, file: BinaryIO) -> pa.Table:
+    first, last = unit.row_groups
+    try:
+        file.seek(0)
+        parquet = pq.ParquetFile(file)
+        if parquet.metadata.num_row_groups < last:
+            raise SchemaMismatch(f"{unit.url}: has {parquet.metadata.num_row_groups} row groups, planned {last}")
+        planned = range(first, last)
+        if sum(parquet.metadata.row_group(index).num_rows for index in planned) == unit.rows:
+            table = parquet.read_row_groups(list(planned))
+        else:
+            table = _read_slice(parquet, unit)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and not _is_decoding(error):
+            raise
+        where = f"{unit.url} row groups {first} to {last - 1}"
+        raise SchemaMismatch(f"{where}: cannot be decoded: {error}", remedy="write the file again") from error
+    if table.num_rows != unit.rows:
+        raise SchemaMismatch(f"{unit.url}: unit {unit.unit_id} has {table.num_rows} rows, planned {unit.rows}")
+    return table
+
+
+def _read_slice(parquet: pq.ParquetFile, unit: Unit) -> pa.Table:
+    """Return `unit.rows` rows after the first `unit.skip` of the row groups."""
+    batches: list[pa.RecordBatch] = []
+    skip, wanted = unit.skip, unit.rows
+    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(range(*unit.row_groups))):
+        if skip >= batch.num_rows:
+            skip -= batch.num_rows
+            continue
+        part = batch.slice(skip, wanted)
+        skip, wanted = 0, wanted - part.num_rows
+        batches.append(part)
+        if not wanted:
+            break
+    return pa.Table.from_batches(batches)
+
+
+def _is_decoding(error: OSError) -> bool:
+    """Return whether pyarrow, not the store, raised: its OSErrors for damaged pages carry no errno."""
+    return type(error) is OSError and error.errno is None

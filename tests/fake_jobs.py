@@ -1,0 +1,68 @@
+"""A job that needs no model: its file, its checkpoint and the engine that stands in."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from schemas.runs import Plan
+from tests.fakes import FakeEngine, text_array, write_tickets
+
+
+def open_planned_engine(plan: Plan) -> FakeEngine:
+    """Return a fake engine that claims to be the planned checkpoint."""
+    return FakeEngine(fingerprint=plan.model_fingerprint)
+
+
+def checkpoint(folder: Path) -> Path:
+    """Make and return a folder with just enough of a checkpoint to have a fingerprint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def dirty_tickets() -> pa.Table:
+    """Return 40 tickets: 33 to annotate, three of them alike, and 7 to reject."""
+    bodies: list[bytes | None] = [f"ticket {number}".encode() for number in range(30)]
+    bodies += [b"the same words"] * 3
+    bodies += [None, None, b"", b" \n", "\u200b".encode(), b"caf\xe9", b"x" * 20_000]
+    return pa.table(
+        {
+            "ticket_id": pa.array([f"T{number:03d}" for number in range(39)] + [None]),
+            "body": text_array(bodies),
+        }
+    )
+
+
+def job_file(folder: Path, *, max_reject_rate: float = 0.5, more: str = "") -> Path:
+    """Write a job with its input below `folder`; return its path."""
+    write_tickets(folder / "in", "a.parquet", dirty_tickets(), row_group_size=10)
+    path = folder / "job.toml"
+    path.write_text(
+        f"""
+[job]
+name = "sweep"
+[input]
+urls = ["{folder}/in/"]
+columns = {{ id = "ticket_id", text = ["subject?", "body"] }}
+unit_rows = 10
+[output]
+url = "{folder}/out/"
+[model]
+checkpoint = "{checkpoint(folder / "checkpoint")}"
+[[task]]
+name = "policy"
+kind = "choose"
+labels = {{ "safe" = "ordinary talk", "spam" = "adverts" }}
+[[task]]
+name = "gist"
+kind = "generate"
+instruction = "Say it in one word."
+max_tokens = 4
+[limits]
+max_reject_rate = {max_reject_rate}
+max_prompt_tokens = 4096
+{more}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,206 @@
+"""The command line: verbs, exit codes, JSON, and that stopping and starting again loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import EXAMPLES, main
+from schemas.runs import Plan
+from tests.fake_jobs import job_file, open_planned_engine
+from tests.fakes import FakeEngine
+
+ROOT = Path(__file__).parents[1]
+SUMMARY_KEYS = [
+    "run_id",
+    "status",
+    "rows_in",
+    "rows_annotated",
+    "rows_rejected",
+    "units",
+    "seconds",
+    "tickets_per_second",
+    "prompt_tokens",
+    "computed_tokens",
+    "output",
+]
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of one command."""
+    code = main([str(word) for word in words], open_engine=open_planned_engine)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_run_json_ends_with_one_object_of_exactly_the_documented_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(capsys, "run", job_file(tmp_path), "--json")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    summary: dict[str, Any] = json.loads(out)
+    assert list(summary) == SUMMARY_KEYS
+    assert (summary["rows_in"], summary["rows_annotated"], summary["rows_rejected"]) == (40, 33, 7)
+    assert "40 tickets in 1 files" in err
+    assert "MB in the largest process" in err
+
+
+def test_the_verbs_of_a_run_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_file(tmp_path)
+    plan = json.loads(call(capsys, "plan", job, "--json")[1])
+    assert (plan["rows"], plan["units"], plan["files"]) == (40, 4, 1)
+    assert not (tmp_path / "out").exists()
+    run = json.loads(call(capsys, "run", job, "--json")[1])
+    assert run["run_id"] == plan["run_id"]
+    code, out, _ = call(capsys, "status", run["output"], "--json")
+    assert (code, json.loads(out)["status"], json.loads(out)["units_done"]) == (0, "complete", 4)
+    code, out, _ = call(capsys, "verify", run["output"], "--json")
+    assert (code, json.loads(out)) == (0, {"proven": True, "problems": []})
+    code, out, _ = call(capsys, "report", run["output"])
+    assert code == 0
+    assert "40 in = 33 annotated + 7 rejected" in out
+
+
+def test_a_run_with_a_unit_missing_is_unfinished_and_not_proven(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = json.loads(call(capsys, "run", job_file(tmp_path), "--json")[1])["output"]
+    next(Path(output, "receipts").iterdir()).unlink()
+    code, out, _ = call(capsys, "status", output)
+    assert code == 5
+    assert "unfinished, 3 of 4 units done" in out
+    assert call(capsys, "verify", output)[0] == 5
+
+
+def test_a_bad_file_exits_3_and_plan_says_so_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_file(tmp_path)
+    (tmp_path / "in" / "b.parquet").write_bytes(b"no table")
+    code, out, _ = call(capsys, "plan", job)
+    assert code == 3
+    assert "b.parquet: unreadable_file" in out
+    assert call(capsys, "run", job)[0] == 3
+    assert call(capsys, "run", job, "--input", tmp_path / "in" / "a.parquet")[0] == 0
+
+
+def test_errors_are_said_to_people_and_to_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_file(tmp_path, more="max_cost = 3")
+    code, out, err = call(capsys, "run", job, "--json")
+    assert code == 2
+    error = json.loads(out)["error"]
+    assert error["code"] == "bad_spec"
+    assert 'no key "max_cost"' in error["message"]
+    assert error["remedy"] in err
+    code, out, err = call(capsys, "run", job)
+    assert (code, out) == (2, "")
+    assert "remedy:" in err
+
+
+def test_a_missing_checkpoint_exits_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "run", job_file(tmp_path), "--checkpoint", tmp_path / "nowhere")
+    assert code == 4
+    assert "nowhere" in err
+
+
+def test_no_input_and_too_many_rejects_have_their_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "run", job_file(tmp_path), "--input", tmp_path / "none-*.parquet")[0] == 2
+    assert call(capsys, "run", job_file(tmp_path, max_reject_rate=0.0))[0] == 6
+
+
+def test_a_wrong_command_line_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["annotate"])
+    assert caught.value.code == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_every_verb_shows_its_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert EXAMPLES[verb] in capsys.readouterr().out
+
+
+def test_help_names_every_verb_and_exit_code_and_every_verb_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {code}  " in out for code in (0, 1, 2, 3, 4, 5, 6))
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("    ") and line.strip()]
+    assert set(EXAMPLES) <= set(listed)
+    with pytest.raises(SystemExit):
+        main(["nothing"])
+    choices = capsys.readouterr().err.rpartition("choose from ")[2]
+    assert {word.strip(" ')\n") for word in choices.split(",")} == set(EXAMPLES)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    # Time differs from machine to machine; what takes it does not.
+    code = textwrap.dedent("""
+        import sys
+        from jobs.cli import main
+        try:
+            main(["--help"])
+        except SystemExit:
+            pass
+        heavy = {"apache_beam", "dask", "fsspec", "jinja2", "k2model", "numpy", "pyarrow", "tokenizers", "torch"}
+        print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+SLOW_RUN = """
+import pathlib
+import sys
+from tests.fakes import FakeEngine
+from jobs.cli import main
+
+def open_engine(plan):
+    pathlib.Path(sys.argv[2]).touch()
+    return FakeEngine(fingerprint=plan.model_fingerprint, pause_s=60)
+
+sys.exit(main(["run", sys.argv[1], "--json"], open_engine=open_engine))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_exits_5_at_once_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
+    script = tmp_path / "slow_run.py"
+    script.write_text(SLOW_RUN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(job_file(tmp_path)), str(tmp_path / "working")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "working").exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 5
+    assert "running the same command again resumes" in err
+    assert json.loads(out)["error"]["code"] == "interrupted"
+
+
+def test_a_bug_exits_1_with_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(plan: Plan) -> FakeEngine:
+        raise ZeroDivisionError("oh")
+
+    assert main(["run", str(job_file(tmp_path)), "--json"], open_engine=broken) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["code"] == "bug"
+    assert "Traceback" in err

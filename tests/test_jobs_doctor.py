@@ -1,0 +1,59 @@
+"""The doctor: every line has a state, and what fails has a remedy."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from jobs import doctor
+from schemas.errors import CheckpointError
+
+AMD = "processor\t: 0\nflags\t\t: fpu sse avx2 avx512f avx512_vnni\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n"
+
+
+def test_this_installation_is_well() -> None:
+    checks = doctor.examine()
+    assert [check for check in checks if check.state == "fail"] == []
+    assert {"python", "torch", "kernels", "processor", "memory", "model", "cache", "triton"} <= {c.name for c in checks}
+    assert all(check.message for check in checks)
+
+
+def test_cpu_flags_of_both_kinds_of_machine() -> None:
+    assert "avx512_vnni" in doctor.cpu_flags(AMD)
+    assert "i8mm" in doctor.cpu_flags(ARM)
+    assert doctor.cpu_flags("") == frozenset()
+
+
+def test_a_foreign_kernels_package_fails_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.2")
+    check = doctor.kernels_owner()
+    assert check.state == "fail"
+    assert "pip uninstall kernels" in check.remedy
+
+
+def test_a_missing_package_fails_and_a_missing_extra_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert doctor.package("pyarrow").state == "fail"
+    assert doctor.optional("s3fs").state == "ok"
+
+
+def test_a_cache_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("K2BATCH_CACHE", str(tmp_path / "file" / "below"))
+    check = doctor.cache()
+    assert check.state == "fail"
+    assert "K2BATCH_CACHE" in check.remedy
+
+
+def test_a_missing_model_is_a_line_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> doctor.Check:
+        raise CheckpointError("not installed", remedy="pip install it")
+
+    monkeypatch.setattr(doctor, "default_model", missing)
+    check = next(check for check in doctor.examine() if check.name == "model")
+    assert (check.state, check.remedy) == ("fail", "pip install it")
+    assert "pip install it" in doctor.as_text([check])

@@ -1,0 +1,137 @@
+"""The job file: what it says, and how it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.spec import RUNNERS, JobSpec, load_spec
+from schemas.errors import SpecError
+from schemas.tickets import TicketColumns
+
+ROOT = Path(__file__).parents[1]
+
+MINIMAL = """
+[job]
+name = "sweep"
+[input]
+urls = ["tickets/*.parquet"]
+columns = { id = "ticket_id", text = ["subject?", "body"] }
+[output]
+url = "out/"
+[[task]]
+name = "policy"
+kind = "choose"
+labels = { "safe" = "ordinary talk", "yes" = "" }
+"""
+
+
+def load(tmp_path: Path, text: str, **overrides: dict[str, Any]) -> JobSpec:
+    path = tmp_path / "job.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_spec(str(path), overrides)
+
+
+def refuse(tmp_path: Path, text: str) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path, text)
+    assert "job.toml" in caught.value.message
+    return caught.value
+
+
+def test_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
+    spec = load(tmp_path, MINIMAL)
+    assert spec.columns == TicketColumns(id="ticket_id", text=("subject", "body"), optional=("subject",))
+    assert spec.tasks[0].labels == {"safe": "ordinary talk", "yes": ""}
+    assert (spec.mode, spec.runner, spec.workers, spec.on_bad_file) == ("cpu", "local", 1, "reject")
+    assert (spec.unit_rows, spec.max_prompt_tokens, spec.max_reject_rate) == (2048, 2048, 0.01)
+    assert spec.checkpoint == "smollm2-135m-instruct"
+
+
+def test_label_order_is_the_files_order_and_a_list_of_labels_is_enough(tmp_path: Path) -> None:
+    spec = load(tmp_path, MINIMAL.replace('{ "safe" = "ordinary talk", "yes" = "" }', '["zebra", "ape", "no"]'))
+    assert list(spec.tasks[0].labels.items()) == [("zebra", ""), ("ape", ""), ("no", "")]
+
+
+def test_overrides_win_and_may_supply_what_the_file_lacks(tmp_path: Path) -> None:
+    text = MINIMAL.replace('[output]\nurl = "out/"\n', "")
+    spec = load(tmp_path, text, output={"url": "s3://b/o"}, input={"urls": ["x.parquet"]}, deploy={"workers": 2})
+    assert (spec.output, spec.urls, spec.workers) == ("s3://b/o", ("x.parquet",), 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says", "remedy"),
+    [
+        ('url = "out/"', 'ulr = "out/"', '[output] has no key "ulr"', 'did you mean "url"?'),
+        ("[output]", "[outptu]", "there is no section [outptu]", 'did you mean "output"?'),
+        ("[job]", "[limits]\nmax_cost = 4\n[job]", '[limits] has no key "max_cost"', "max_reject_rate"),
+        ("[job]", "[review]\nbudget = 4\n[job]", "no section [review]", "limits"),
+        ('kind = "choose"', 'kind = "chose"', '[[task]] number 1 kind is "chose"', 'did you mean "choose"?'),
+        ('kind = "choose"', 'kind = "choose"\nthreshold = 0.2', "threshold does not go with", "choose_many"),
+        ('name = "policy"', 'name = "my policy"', 'name is "my policy"', ""),
+        ('name = "policy"\n', "", "[[task]] number 1 name is missing", "add: name ="),
+        ('name = "sweep"', 'name = "../up"', '[job] name is "../up"', ""),
+        ('"yes" = ""', '" yes" = ""', 'labels has " yes"', "no space"),
+        (', "yes" = ""', "", "labels is {'safe': 'ordinary talk'}, expected at least 2", ""),
+        ('{ "safe" = "ordinary talk", "yes" = "" }', '["a", "a"]', "expected each label once", ""),
+        ('{ "safe" = "ordinary talk", "yes" = "" }', "3", "labels is 3, expected", ""),
+        ('id = "ticket_id", ', "", "[input.columns] id is missing", "ticket_id"),
+        ('["subject?", "body"]', '["body?"]', "at least one column that every file has", ""),
+        ('["subject?", "body"]', '["body", "body"]', "each column once", ""),
+        ('"tickets/*.parquet"', "", "[input] urls is missing", "add: urls"),
+        ('url = "out/"', 'url = "out/"\nprefix = "a-"', '[output] prefix is "a-"', ""),
+        ('url = "out/"', "url = 3", "[output] url is 3, expected a string in quotes", ""),
+        ("[job]", "[limits]\nmax_reject_rate = 1.5\n[job]", "max_reject_rate is 1.5", ""),
+        ("[job]", "[limits]\nmax_prompt_tokens = true\n[job]", "max_prompt_tokens is True", ""),
+        ("[job]", '[deploy]\nmode = "gpu"\n[job]', 'mode is "gpu", expected one of: cpu', "leave it out"),
+        ("[job]", '[deploy]\nrunner = "daks"\n[job]', 'runner is "daks"', 'did you mean "dask"?'),
+        ("[job]", "[deploy]\nworkers = 0\n[job]", "workers is 0", ""),
+        ("[job]\n", 'model = "x"\n[job]\n', 'model is "x", expected a table', "[model]"),
+        ("[[task]]", "[task]", "must be written [[task]]", ""),
+        ("[job]", "[job", "not TOML", ""),
+    ],
+)
+def test_error_names_the_place_the_value_and_the_remedy(
+    tmp_path: Path, old: str, new: str, says: str, remedy: str
+) -> None:
+    assert old in MINIMAL
+    error = refuse(tmp_path, MINIMAL.replace(old, new, 1))
+    assert says in error.message
+    assert remedy in error.remedy
+
+
+def test_no_task_two_tasks_of_a_name_and_an_instruction_that_is_missing(tmp_path: Path) -> None:
+    task = MINIMAL[MINIMAL.index("[[task]]") :]
+    assert "there is no task" in refuse(tmp_path, MINIMAL.replace(task, "")).message
+    assert '[[task]] number 2 name is "policy"' in refuse(tmp_path, MINIMAL + task).message
+    generate = '[[task]]\nname = "gist"\nkind = "generate"\n'
+    assert "number 2 instruction is missing" in refuse(tmp_path, MINIMAL + generate).message
+
+
+def test_a_file_that_is_not_there_or_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no such job file") as caught:
+        load_spec(str(tmp_path / "absent.toml"))
+    assert "moderation_sweep.toml" in caught.value.remedy
+    (tmp_path / "latin.toml").write_bytes(b'[job]\nname = "caf\xe9"\n')
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(str(tmp_path / "latin.toml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "specs").glob("*.toml")), ids=lambda path: path.name)
+def test_shipped_specs_load_and_find_their_samples(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    spec = load_spec(str(path))
+    assert len(list(ROOT.glob(spec.urls[0]))) == 3
+
+
+def test_runners_are_those_of_the_flow() -> None:
+    from pipelines import runners
+
+    assert runners.RUNNERS == RUNNERS
+
+
+def test_environment_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load(tmp_path, MINIMAL)
+    for name in ("K2BATCH_CHECKPOINT", "K2BATCH_OUTPUT", "K2BATCH_RUNNER", "K2BATCH_WORKERS"):
+        monkeypatch.setenv(name, "9")
+    assert load(tmp_path, MINIMAL) == before

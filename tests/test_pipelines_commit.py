@@ -1,0 +1,146 @@
+"""The run's folder: what makes a unit done, and what does not."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines.commit import done_units, pending_units, read_plan, read_receipts, receipt_url, write_plan
+from pipelines.finalize import finalize
+from schemas.errors import SpecError, StorageError
+from schemas.runs import Manifest, Plan
+from tests.fakes import annotate_directly, fake_plan, tickets, write_tickets
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A written plan of four units over two files."""
+    for number in range(2):
+        write_tickets(tmp_path / "in", f"{number}.parquet", tickets(20, start=20 * number), row_group_size=10)
+    plan = fake_plan([tmp_path / "in"], tmp_path / "out", unit_rows=10)
+    write_plan(plan)
+    return plan
+
+
+def annotate_all(plan: Plan) -> None:
+    annotate_directly(plan, pending_units(plan))
+
+
+def files(plan: Plan, folder: str) -> list[str]:
+    return sorted(os.listdir(Path(plan.output) / folder))
+
+
+def test_plan_is_written_once(plan: Plan) -> None:
+    path = Path(plan.output) / "plan.json"
+    os.utime(path, ns=(1, 1))
+    write_plan(plan)
+    assert path.stat().st_mtime_ns == 1
+    assert read_plan(plan.output) == plan
+    with pytest.raises(StorageError, match="holds another plan"):
+        write_plan(replace(plan, units=plan.units[:1]))
+
+
+def test_plan_of_a_moved_run_knows_where_it_is(plan: Plan, tmp_path: Path) -> None:
+    Path(plan.output).rename(tmp_path / "moved")
+    assert read_plan(str(tmp_path / "moved") + "/").output == str(tmp_path / "moved")
+
+
+def test_folder_without_a_plan_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"no plan\.json"):
+        read_plan(str(tmp_path))
+
+
+def test_receipts_alone_make_units_done(plan: Plan) -> None:
+    assert pending_units(plan) == plan.units
+    annotate_all(plan)
+    assert pending_units(plan) == ()
+    assert list(read_receipts(plan)) == [unit.unit_id for unit in plan.units]
+    os.unlink(receipt_url(plan, plan.units[2].unit_id))
+    assert pending_units(plan) == (plan.units[2],)
+
+
+def test_stray_files_among_receipts_make_nothing_done(plan: Plan) -> None:
+    folder = Path(plan.output) / "receipts"
+    folder.mkdir()
+    (folder / f".{plan.units[0].unit_id}.json.abc").write_text("{}")
+    (folder / "other.json").write_text("{}")
+    assert done_units(plan) == frozenset()
+    (folder / f"{plan.units[0].unit_id}.json").write_text("{ cut off")
+    assert read_receipts(plan) == {}
+
+
+def test_finalize_publishes_what_receipts_name(plan: Plan) -> None:
+    annotate_all(plan)
+    folder = Path(plan.output)
+    (folder / "data" / "part-orphan.parquet").write_bytes(b"half")
+    (folder / "data" / ".part-x.parquet.tmp").write_bytes(b"half")
+    (folder / "rejects").mkdir(exist_ok=True)
+    (folder / "rejects" / "part-orphan.parquet").write_bytes(b"half")
+    manifest = finalize(plan, max_reject_rate=0.0)
+    assert manifest.status == "complete"
+    assert (manifest.rows_in, manifest.rows_annotated, manifest.rows_rejected) == (40, 40, 0)
+    assert (manifest.units, manifest.units_done) == (4, 4)
+    assert files(plan, "data") == sorted(manifest.data)
+    assert files(plan, "rejects") == []
+    assert sum(manifest.labels["policy"].values()) == 40
+    assert (folder / "_SUCCESS").exists()
+    assert Manifest.from_json((folder / "_manifest.json").read_text()) == manifest
+
+
+def test_missing_unit_is_incomplete_and_takes_success_away(plan: Plan) -> None:
+    annotate_all(plan)
+    finalize(plan, max_reject_rate=0.0)
+    os.unlink(receipt_url(plan, plan.units[0].unit_id))
+    manifest = finalize(plan, max_reject_rate=0.0)
+    assert manifest.status == "incomplete"
+    assert (manifest.units_done, manifest.rows_in, manifest.rows_annotated) == (3, 40, 30)
+    assert not (Path(plan.output) / "_SUCCESS").exists()
+    assert len(files(plan, "data")) == 3
+
+
+def test_lost_data_file_is_done_again(plan: Plan) -> None:
+    annotate_all(plan)
+    lost = read_receipts(plan)[plan.units[1].unit_id].data
+    os.unlink(Path(plan.output) / "data" / lost)
+    assert finalize(plan, max_reject_rate=0.0).status == "incomplete"
+    assert pending_units(plan) == (plan.units[1],)
+    annotate_all(plan)
+    assert finalize(plan, max_reject_rate=0.0).status == "complete"
+
+
+def test_rejected_file_is_incomplete(tmp_path: Path) -> None:
+    write_tickets(tmp_path, "a.parquet", tickets(5))
+    (tmp_path / "b.parquet").write_bytes(b"")
+    plan = fake_plan([tmp_path], tmp_path / "out")
+    write_plan(plan)
+    annotate_all(plan)
+    manifest = finalize(plan, max_reject_rate=1.0)
+    assert manifest.status == "incomplete"
+    assert manifest.units == manifest.units_done == 1
+    assert [file.error_code for file in manifest.rejected_files] == ["unreadable_file"]
+    assert not (Path(plan.output) / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(("rate", "status"), [(0.09, "too_many_rejects"), (0.1, "complete")])
+def test_reject_rate_is_held(tmp_path: Path, rate: float, status: str) -> None:
+    bodies = pa.array([None, *[f"body {number}" for number in range(9)]])
+    table = pa.table({"ticket_id": pa.array(range(10)), "subject": pa.nulls(10, pa.string()), "body": bodies})
+    write_tickets(tmp_path, "a.parquet", table)
+    plan = fake_plan([tmp_path], tmp_path / "out")
+    write_plan(plan)
+    annotate_all(plan)
+    manifest = finalize(plan, max_reject_rate=rate)
+    assert manifest.status == status
+    assert manifest.error_codes == {"null_text": 1}
+    assert len(manifest.rejects) == 1
+    assert (Path(plan.output) / "_SUCCESS").exists() == (status == "complete")
+
+
+def test_run_without_units_is_complete(tmp_path: Path) -> None:
+    write_tickets(tmp_path, "a.parquet", tickets(3).slice(0, 0))
+    plan = fake_plan([tmp_path], tmp_path / "out")
+    write_plan(plan)
+    annotate_all(plan)
+    assert finalize(plan, max_reject_rate=0.0).status == "complete"
