@@ -18,8 +18,8 @@ from k2model.decoder.model import Decoder
 from k2model.engine.engine import Engine, load
 from k2model.engine.request import Candidate, Request
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
+from pipelines import storage
 from pipelines.prompts import Prompts
-from pipelines.units import expand
 from schemas.errors import SpecError
 
 _ROWS = (1, 8, 32, 128, 512, 1024)
@@ -71,8 +71,8 @@ def quality(checkpoint: str = DEFAULT_CHECKPOINT, tickets: str = "", labels: str
     prompts, label_ids = _given_prompts(tickets, labels, n) if tickets else _sample_prompts(tokenizer, n)
     kl_labels, kl_vocabulary, agreement = [], [], []
     for ids in prompts:
-        p, q = _last_logits(exact, ids), _last_logits(int8, ids)
-        kl_labels.append(_divergence(p[-1:, label_ids], q[-1:, label_ids]))
+        (p, p_labels), (q, q_labels) = _last_logits(exact, ids, label_ids), _last_logits(int8, ids, label_ids)
+        kl_labels.append(_divergence(p_labels, q_labels))
         kl_vocabulary.append(_divergence(p, q))
         agreement.append((p.argmax(-1) == q.argmax(-1)).float())
     return {
@@ -99,6 +99,8 @@ def engine(
         n: tickets; by default 512 for work 1 and 128 for work 2.
         repeats: timed repeats, after one that is not.
     """
+    if not tickets or not labels:
+        raise SpecError("bench engine needs prompts", remedy="give --tickets FILE and --labels FILE")
     lines = [json.loads(line) for line in Path(tickets).read_text(encoding="utf-8").splitlines()]
     lines = lines[: n or (512 if work == 1 else 128)]
     candidates = tuple(Candidate((i,), 1) for i in json.loads(Path(labels).read_text(encoding="utf-8")).values())
@@ -132,6 +134,16 @@ def engine(
     }
 
 
+def as_text(facts: dict[str, Any]) -> str:
+    """Return a measurement as lines: single figures first, then its table."""
+    table = facts.get("rows", [])
+    lines = [f"{key}: {value}" for key, value in facts.items() if key != "rows"]
+    if table:
+        lines.append("  ".join(f"{key:>12}" for key in table[0]))
+        lines += ["  ".join(f"{value:>12}" for value in row.values()) for row in table]
+    return "\n".join(lines)
+
+
 @torch.inference_mode()
 def _in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Return the median seconds of each call, called in turn."""
@@ -146,8 +158,10 @@ def _in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
 
 
 @torch.inference_mode()
-def _last_logits(decoder: Decoder, ids: list[int]) -> torch.Tensor:
-    return decoder.logits(decoder.forward_one(ids)[-_LAST_TOKENS:])
+def _last_logits(decoder: Decoder, ids: list[int], label_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [64, V] of the last tokens, and those of the labels [1, C] at the very last, in float32 as scored."""
+    hidden = decoder.forward_one(ids)
+    return decoder.logits(hidden[-_LAST_TOKENS:]), hidden[-1:] @ decoder.lm_head[label_ids].float().t()
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -168,7 +182,7 @@ def _sample_prompts(tokenizer: Any, n: int) -> tuple[list[list[int]], list[int]]
     prompts = Prompts(spec.tasks, tokenizer, spec.max_prompt_tokens)
     texts: list[str] = []
     for url in spec.urls:
-        for path in expand([url]):
+        for path in storage.find(url):
             column = pq.read_table(path, columns=["body"])["body"].cast("binary").to_pylist()
             texts += [value.decode(errors="replace") for value in column if value and 20 < len(value) < 1000]
     requests = [prompts.requests(text)[0] for text in texts[:: max(1, len(texts) // n)][:n]]

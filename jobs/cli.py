@@ -38,6 +38,7 @@ EXAMPLES = {
     "verify": "k2batch verify annotated/moderation-sweep-*",
     "report": "k2batch report annotated/moderation-sweep-*",
     "doctor": "k2batch doctor",
+    "bench": "k2batch bench linear --rounds 3",
 }
 """Shown in each verb's help, and run by a test."""
 
@@ -48,6 +49,7 @@ _ABOUT = {
     "verify": "Prove from the files alone that every input row is in the output once.",
     "report": "Write report.html into a finished run, and show it in short.",
     "doctor": "Check this machine and installation.",
+    "bench": "Measure: the INT8 layers beside bfloat16, INT8 beside float32, the engine on its peers' work.",
 }
 
 _INTERRUPTED = "stopped; every finished unit is kept, and running the same command again resumes"
@@ -66,9 +68,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
         with _interruptible(as_json):
             if verb == "run":
                 return _run(arguments, open_engine)
-            return {"plan": _plan, "status": _status, "verify": _verify, "report": _report, "doctor": _doctor}[verb](
-                arguments
-            )
+            verbs = {"plan": _plan, "status": _status, "verify": _verify, "report": _report, "doctor": _doctor}
+            return {**verbs, "bench": _bench}[verb](arguments)
     except K2Error as error:
         return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
     except KeyboardInterrupt:
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_job_arguments(made[verb])
     for verb in ("status", "verify", "report"):
         made[verb].add_argument("run", metavar="RUN", help="the run's folder or URL: <output>/<run_id>")
+    _add_bench_arguments(made["bench"])
     return parser
 
 
@@ -118,6 +120,15 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="URL", help="instead of [model] checkpoint")
     parser.add_argument("--runner", choices=("local", "dask", "portable"), help="instead of [deploy] runner")
     parser.add_argument("--workers", type=int, metavar="N", help="instead of [deploy] workers")
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("linear", "quality", "engine"), help="what to measure")
+    parser.add_argument("--checkpoint", metavar="URL", help="instead of the default model")
+    parser.add_argument("--tickets", metavar="FILE", default="", help="prompts of token ids, one JSON object a line")
+    parser.add_argument("--labels", metavar="FILE", default="", help="JSON object of label to token id")
+    parser.add_argument("--work", type=int, choices=(1, 2), default=1, help="engine: 1 scores labels, 2 generates")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed repeats")
 
 
 def _spec(arguments: argparse.Namespace) -> "JobSpec":
@@ -225,6 +236,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     worst = next((state for state in ("fail", "warn") if state in states), "ok")
     _show(arguments, {"state": worst, "checks": [asdict(check) for check in checks]}, as_text(checks))
     return K2Error.exit_code if worst == "fail" else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from jobs import bench
+    from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
+
+    checkpoint = arguments.checkpoint or DEFAULT_CHECKPOINT
+    files = {"tickets": arguments.tickets, "labels": arguments.labels}
+    if arguments.what == "linear":
+        facts = bench.linear(checkpoint, arguments.rounds or 30)
+    elif arguments.what == "quality":
+        facts = bench.quality(checkpoint, **files)
+    else:
+        facts = bench.engine(checkpoint, work=arguments.work, repeats=arguments.rounds or 3, **files)
+    _show(arguments, facts, bench.as_text(facts))
+    return 0
 
 
 def _show(arguments: argparse.Namespace, facts: dict[str, Any], text: str) -> None:

@@ -1,8 +1,8 @@
 """What k2batch needs of an input table: an id column and one or more text columns.
 
 MUST: each text column exists (unless marked optional with a trailing `?` in the job file) and is a string column:
-`string`, `large_string`, `string_view`, or a dictionary of one of these. The id column exists and is a string or an
-integer column; ids need not be unique and may be null.
+`string`, `large_string`, `string_view`, a dictionary of one of these, or `null`. The id column exists and is a string or
+an integer column; ids need not be unique and may be null.
 MAY: be in any order, beside any other columns; every input column is kept as it is.
 """
 
@@ -30,6 +30,8 @@ class TicketColumns:
 def _is_text(type_: pa.DataType) -> bool:
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
+    if pa.types.is_null(type_):  # how pandas writes a column whose values are all None
+        return True
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
 
 
