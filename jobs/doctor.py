@@ -43,6 +43,7 @@ def examine() -> list[Check]:
         ("torch", torch_build),
         ("kernels", kernels_owner),
         ("processor", processor),
+        ("int8", int8),
         ("cores", cores),
         ("memory", memory),
         ("model", default_model),
@@ -142,6 +143,16 @@ def processor() -> Check:
         return Check(name="processor", state="ok", message=f"{platform.machine()} with {', '.join(found)}")
     message = f"{platform.machine()} without any of {', '.join(INT8_FLAGS)}"
     return Check(name="processor", state="warn", message=message, remedy="works, but INT8 is slower than it could be")
+
+
+def int8() -> Check:
+    """Return whether the processor's INT8 product is exact, as the same bits everywhere demand."""
+    from kernels.cpu import int8_is_exact
+
+    if int8_is_exact():
+        return Check(name="int8", state="ok", message="exact in int32 through oneDNN")
+    message = "oneDNN's int8 product overflows here, so sums go through float32: the same bits, but slowly"
+    return Check(name="int8", state="warn", message=message, remedy="use a processor with VNNI or AMX")
 
 
 def cores() -> Check:

@@ -1,11 +1,14 @@
 """The records a run is made of: plan, unit, receipt, manifest. Each is JSON on storage and a frozen dataclass here.
 
-<output>/<run_id>/plan.json                       written once, before any work
-data/part-<unit>-<attempt>.parquet
-rejects/part-<unit>-<attempt>.parquet
-receipts/<unit>.json            written last: a unit is done when this exists
-_manifest.json                  names exactly the files that count
-_SUCCESS                        every planned row is annotated or rejected, within the limits
+In `<output>/<run_id>/`:
+
+- `plan.json`: written once, before any work;
+- `data/part-<unit>-<attempt>.parquet`, `rejects/part-<unit>-<attempt>.parquet`: an attempt's rows;
+- `receipts/<unit>.json`: written last, a unit is done when this exists;
+- `failures/<unit>.json`: the unit's input proved damaged, gone or changed after the plan;
+- `_manifest.json`: names exactly the files that count;
+- `_SUCCESS`: every planned row is annotated or rejected, within the limits;
+- `report.html`: the same for people.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ CONFIG = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "vocab_size": 272,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,

@@ -127,7 +127,7 @@ def test_the_shared_beginning_is_not_computed_again(engine: Engine) -> None:
     [
         (Request(prompt_ids=(1,)), "either has candidates"),
         (Request(prompt_ids=(1,), num_prefix_tokens=1, max_tokens=1), "must leave a token"),
-        (Request(prompt_ids=(1,) * 512, max_tokens=1), "max_position_embeddings"),
+        (Request(prompt_ids=(1,) * 1024, max_tokens=1), "max_position_embeddings"),
     ],
 )
 def test_a_senseless_request_is_refused_at_once(engine: Engine, request_: Request, message: str) -> None:

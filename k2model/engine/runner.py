@@ -43,15 +43,10 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, groups: list[list[Sequence]]) -> None:
         """Compute every prompt of `groups` in one step; finish what is only scored, start decoding the rest."""
-        step = Step(torch.empty(0), torch.empty(0), [])
-        token_ids: list[int] = []
-        positions: list[int] = []
-        for sequences in groups:
-            group, ids, places = self._pack(sequences)
-            step.groups.append(group)
-            token_ids += ids
-            positions += places
-        step.token_ids, step.positions = torch.tensor(token_ids), torch.tensor(positions)
+        packed = [self._pack(sequences) for sequences in groups]
+        token_ids = torch.tensor([i for _, ids, _ in packed for i in ids])
+        positions = torch.tensor([i for _, _, places in packed for i in places])
+        step = Step(token_ids, positions, [group for group, _, _ in packed])
         hidden = self.decoder.forward(step)
         start = 0
         for sequences, group in zip(groups, step.groups, strict=True):

@@ -1,0 +1,62 @@
+"""The measurements run, on a tiny checkpoint, and say what they say they do."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import bench
+from jobs.cli import main
+from schemas.errors import SpecError
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("K2BATCH_CACHE", str(folder / "cache"))
+        yield str(write_checkpoint(folder / "source"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> dict[str, str]:
+    """Return the two files of the peers' work, small."""
+    rows = [{"prefix_ids": list(range(40, 60)), "body_ids": list(range(n, n + 9))} for n in range(30)]
+    (tmp_path / "tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "labels.json").write_text(json.dumps({"a": 97, "b": 98, "c": 99}))
+    return {"tickets": str(tmp_path / "tickets.jsonl"), "labels": str(tmp_path / "labels.json")}
+
+
+def test_linear_times_every_layer_at_every_size(checkpoint: str) -> None:
+    rows = bench.linear(checkpoint, rounds=2)["rows"]
+    assert {row["layer"] for row in rows} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert {row["tokens"] for row in rows} == {1, 8, 32, 128, 512, 1024}
+    assert all(row["int8_us"] > 0 and row["bfloat16_us"] > 0 for row in rows)
+
+
+def test_quality_is_zero_against_itself_and_small_for_int8(
+    checkpoint: str, prompts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = bench.quality(checkpoint, **prompts)
+    assert 0 < measured["kl_vocabulary"] < 0.1
+    exact = bench.load(checkpoint, "float32")
+    monkeypatch.setattr(bench, "load", lambda *_: exact)
+    assert bench.quality(checkpoint, **prompts)["kl_labels"] == 0
+
+
+@pytest.mark.parametrize("work", [1, 2])
+def test_the_engine_does_the_peers_work(
+    checkpoint: str, prompts: dict[str, str], work: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", checkpoint, "--tickets", prompts["tickets"], "--labels", prompts["labels"]]
+    assert main(["bench", "engine", "--work", str(work), "--rounds", "2", "--json", *words]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["tickets"], len(facts["seconds"])) == (30, 2)
+    assert facts["tokens_per_s"] == pytest.approx(facts["tickets_per_s"] * (9 if work == 1 else 32), rel=0.01)
+
+
+def test_the_peers_work_needs_their_files() -> None:
+    with pytest.raises(SpecError, match="needs prompts"):
+        bench.engine(work=1, tickets="", labels="")
