@@ -159,7 +159,7 @@ def _in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
 
 @torch.inference_mode()
 def _last_logits(decoder: Decoder, ids: list[int], label_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits [64, V] of the last tokens, and those of the labels [1, C] at the very last, in float32 as scored."""
+    """Return logits [64, V] of the last tokens, and the labels' [1, C] at the very last, in float32 as scored."""
     hidden = decoder.forward_one(ids)
     return decoder.logits(hidden[-_LAST_TOKENS:]), hidden[-1:] @ decoder.lm_head[label_ids].float().t()
 

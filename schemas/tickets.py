@@ -1,8 +1,8 @@
 """What k2batch needs of an input table: an id column and one or more text columns.
 
 MUST: each text column exists (unless marked optional with a trailing `?` in the job file) and is a string column:
-`string`, `large_string`, `string_view`, a dictionary of one of these, or `null`. The id column exists and is a string or
-an integer column; ids need not be unique and may be null.
+`string`, `large_string`, `string_view`, a dictionary of one of these, or `null`. The id column exists and is a string
+or an integer column; ids need not be unique and may be null.
 MAY: be in any order, beside any other columns; every input column is kept as it is.
 """
 

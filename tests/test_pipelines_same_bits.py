@@ -1,4 +1,4 @@
-"""One ticket, the same bits: through the whole flow with a real INT8 model, whatever the cut, order, runner, workers."""
+"""One ticket, the same bits: through the whole flow with an INT8 model, whatever the cut, order, runner and workers."""
 
 from collections.abc import Iterator
 from pathlib import Path
