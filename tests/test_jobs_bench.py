@@ -1,7 +1,6 @@
 """The measurements run, on a tiny checkpoint, and say what they say they do."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,6 @@ from jobs import bench
 from jobs.cli import main
 from k2model.engine.engine import load
 from schemas.errors import SpecError
-from tests.checkpoints import write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("K2BATCH_CACHE", str(folder / "cache"))
-        yield str(write_checkpoint(folder / "source"))
 
 
 @pytest.fixture

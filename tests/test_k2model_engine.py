@@ -14,17 +14,8 @@ from k2model.engine.request import Candidate, Completion, Request
 from k2model.engine.scheduler import Scheduler, Sequence, Submission
 from k2model.formats.checkpoint import fingerprint
 from schemas.errors import K2Error
-from tests.checkpoints import write_checkpoint
 
 CANDIDATES = (Candidate((10, 11, 12), 3), Candidate((10, 11, 13), 2), Candidate((20,), 1), Candidate((10, 30), 2))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("K2BATCH_CACHE", str(folder / "cache"))
-        yield str(write_checkpoint(folder / "source"))
 
 
 @pytest.fixture(scope="module")

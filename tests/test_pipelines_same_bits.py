@@ -1,12 +1,10 @@
 """One ticket, the same bits: through the whole flow with an INT8 model, whatever the cut, order, runner and workers."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from jobs.verify import verify
 from k2model.formats.checkpoint import fingerprint
@@ -32,14 +30,6 @@ ANSWERS = (
     "reply_text",
     "prompt_hash",
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("same-bits")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("K2BATCH_CACHE", str(folder / "cache"))
-        yield str(write_checkpoint(folder / "source"))
 
 
 def tickets() -> pa.Table:
