@@ -13,7 +13,7 @@ from jobs.report import publish_report
 from jobs.spec import JobSpec
 from k2model.formats.checkpoint import fingerprint
 from pipelines.annotate import OpenEngine
-from pipelines.commit import done_units, read_receipts, write_plan
+from pipelines.commit import done_units, pending_units, write_plan
 from pipelines.finalize import finalize
 from pipelines.units import make_plan
 from schemas.runs import Manifest, Plan
@@ -87,8 +87,8 @@ def run(
     _quiet_libraries()
     plan = plan_job(spec)
     write_plan(plan)
-    done = set(read_receipts(plan))
-    pending = [unit for unit in plan.units if unit.unit_id not in done]
+    pending = pending_units(plan)
+    done = {unit.unit_id for unit in plan.units} - {unit.unit_id for unit in pending}
     _announce(plan, len(pending), say)
     if pending:
         from pipelines.runners import run_units  # Beam, 0.6 s, which a finished run and `plan` do not need

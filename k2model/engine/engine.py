@@ -15,7 +15,6 @@ import torch
 
 from k2model.compress.recipe import copy_tokenizer, prepare_int8
 from k2model.decoder.model import Decoder
-from k2model.engine.memory import keep_freed_memory
 from k2model.engine.request import Completion, Request
 from k2model.engine.runner import Runner
 from k2model.engine.scheduler import Scheduler, Sequence, Submission
@@ -65,7 +64,6 @@ class Engine:
 
         Raises: CheckpointError.
         """
-        keep_freed_memory()
         decoder, tokenizer = load(checkpoint, mode)
         return cls(decoder, tokenizer, fingerprint(checkpoint, mode))
 
