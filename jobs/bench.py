@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs.spec import load_spec
+from k2model.decoder.attention import Attention
+from k2model.decoder.feed_forward import FeedForward
 from k2model.decoder.linear import FloatLinear, Int8Linear
 from k2model.decoder.model import Decoder
 from k2model.engine.engine import Engine, load
@@ -33,7 +35,14 @@ def linear(checkpoint: str = DEFAULT_CHECKPOINT, rounds: int = 30) -> dict[str, 
     """
     decoder, _ = load(checkpoint)
     layer = decoder.layers[0]
-    shapes = {name: getattr(layer, name) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+    if not isinstance(layer.attention, Attention) or not isinstance(layer.feed_forward, FeedForward):
+        raise SpecError(f"{checkpoint}: bench linear times dense layers", remedy="give a dense checkpoint")
+    shapes = {
+        "qkv_proj": layer.attention.qkv_proj,
+        "o_proj": layer.attention.o_proj,
+        "gate_up_proj": layer.feed_forward.gate_up_proj,
+        "down_proj": layer.feed_forward.down_proj,
+    }
     rows = []
     for (name, int8), tokens in itertools.product(shapes.items(), _ROWS):
         if not isinstance(int8, Int8Linear):

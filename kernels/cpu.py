@@ -1,7 +1,7 @@
 """The CPU kernels: every result row depends on its own input row alone, to the bit, whatever rows stand beside it.
 
 Legend: T tokens, K in features, N out features, D head size, B sequences, H heads, G key-value heads, L queries,
-S keys, V vocabulary, C tokens asked for.
+S keys, V vocabulary, C tokens asked for, E experts, A experts per token.
 Each has its plain twin of the same name in kernels/reference.py.
 """
 
@@ -22,6 +22,12 @@ _HEAD_BLOCK = 64
 """Rows per output-embedding product, so that [rows, vocab] logits stay near the cache."""
 
 _ARGMAX_SHORTLIST = 16
+
+_ROW_BLOCK = 16
+"""Rows of a float32 product. BLAS takes other paths for other row counts: of 4,581 rows, 18 differed on one thread and
+54 on two between a product of all and of some; in blocks of 16, none."""
+
+INT4_GROUP_SIZES = (32, 64, 128, 256)
 
 
 class ShapeError(ValueError):
@@ -95,8 +101,77 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Return softmax(q kᵀ scale) v as [B, H, L, D] float32; products in the dtype of `k`, softmax in float32.
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """Return (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit` and up within ± `limit`, as [T, N].
+
+    Args:
+        gate_up: [T, 2 N].
+        alpha: gain inside the sigmoid.
+        limit: of both halves.
+
+    Source: openai/gpt-oss, `swiglu` of torch/model.py.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+
+def row_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight of x [*, T, K] and weight [*, K, N] float32, so that a row's bits are its own."""
+    rows = x.shape[-2]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % _ROW_BLOCK))
+    return torch.cat([torch.matmul(block, weight) for block in padded.split(_ROW_BLOCK, dim=-2)], dim=-2)[..., :rows, :]
+
+
+def choose_experts(
+    scores: Tensor, correction_bias: Tensor | None, num_experts: int, n_group: int, topk_group: int
+) -> Tensor:
+    """Return the experts with the highest scores, [T, A] int64 ascending; of equals, the lower id.
+
+    Args:
+        scores: [T, E] float32.
+        correction_bias: [E], added for choosing alone (arXiv 2408.15664).
+        num_experts: A.
+        n_group: groups of neighbouring experts.
+        topk_group: groups to choose from, by the sum of their two best scores (arXiv 2412.19437, section 2.1.2).
+    """
+    scores = scores if correction_bias is None else scores + correction_bias
+    if n_group > topk_group:
+        grouped = scores.unflatten(-1, (n_group, -1))
+        best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+        keep = best.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
+        dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, keep, False)
+        scores = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_experts].sort(dim=-1).values
+
+
+def int4_pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and scales in the order `int4_linear` reads: half a byte a weight, 4 bytes a scale.
+
+    Args:
+        weight: [N, K] int8 in [-8, 7].
+        weight_scale: [N, K / group] float32; rounded to bfloat16, in which the makers of INT4 checkpoints store it.
+    """
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.to(torch.int32) + 8, 1)
+    scale = weight_scale.t().contiguous().to(torch.bfloat16)
+    return packed, torch.stack([scale, torch.zeros_like(scale)], dim=-1)
+
+
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Return x @ weight.T as float32 [T, N]: W4A16, activations and results rounded to bfloat16, sums in float32.
+
+    Args:
+        x: [T, K] float32.
+        packed: [N, K / 2] uint8, by `int4_pack`.
+        scales: [K / group, N, 2] bfloat16, by `int4_pack`.
+        group_size: columns that share a scale, one of INT4_GROUP_SIZES.
+    """
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), packed, group_size, scales)
+    return y.float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
+    """Return softmax(q kᵀ scale) v as [B, H, L, Dv] float32; products in the dtype of `k`, softmax in float32.
 
     Query heads that read one key-value head are stacked as rows of one product. Keys are never padded: sequences of
     one length attend together, so the order of every sum is a function of the row alone.
@@ -104,27 +179,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     Args:
         q: [B, H, L, D] float32.
         k: [B, G, S, D] float32 or bfloat16.
-        v: [B, G, S, D], as k.
+        v: [B, G, S, Dv], as k.
         visible: [L, S] bool; each query sees at least one key.
         scale: multiplies the scores.
+        sinks: [H], one more score per head, which takes its share of the softmax and adds nothing.
     """
     batch, heads, length, head_dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
+    kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     shared = heads // kv_heads
     k_t = k.reshape(batch * kv_heads, keys, head_dim).transpose(1, 2)
-    v = v.reshape(batch * kv_heads, keys, head_dim)
+    v = v.reshape(batch * kv_heads, keys, value_dim)
     q = q.mul(scale).to(k.dtype).reshape(batch * kv_heads, shared, length, head_dim)
     hidden = torch.zeros(visible.shape, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
-    out = torch.empty(batch * kv_heads, shared, length, head_dim)
+    out = torch.empty(batch * kv_heads, shared, length, value_dim)
     for start in range(0, length, _QUERY_BLOCK):
         block = slice(start, min(start + _QUERY_BLOCK, length))
         size = block.stop - block.start
         q_block = q[:, :, block].reshape(batch * kv_heads, shared * size, head_dim)
         scores = torch.bmm(q_block, k_t).float().view(batch * kv_heads, shared, size, keys)
-        weights = torch.softmax(scores.add_(hidden[block]), dim=-1).to(k.dtype)
-        weights = weights.view(batch * kv_heads, shared * size, keys)
-        out[:, :, block] = torch.bmm(weights, v).float().view(batch * kv_heads, shared, size, head_dim)
-    return out.view(batch, heads, length, head_dim)
+        weights = _softmax(scores.add_(hidden[block]), sinks).to(k.dtype).reshape(-1, shared * size, keys)
+        out[:, :, block] = torch.bmm(weights, v).float().view(batch * kv_heads, shared, size, value_dim)
+    return out.view(batch, heads, length, value_dim)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return softmax over the keys of scores [B * G, H / G, L, S]; a head's sink is one more key, dropped after."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    shared = scores.shape[1]
+    column = sinks.view(-1, shared, 1, 1).repeat(scores.shape[0] * shared // sinks.numel(), 1, scores.shape[2], 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:

@@ -55,23 +55,73 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (gate / (1 + torch.exp(-gate)) * up).float()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Return softmax(q kᵀ scale) v as [B, H, L, D], one query at a time, in float64.
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """Return (up + 1) * gate * sigmoid(alpha * gate), both halves clamped at `limit`, as [T, N]. Source: gpt-oss."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    gate, up = torch.minimum(gate, torch.tensor(limit)), torch.clamp(up, -limit, limit)
+    return ((up + 1) * gate / (1 + torch.exp(-alpha * gate))).float()
+
+
+def row_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight of x [*, T, K] and weight [*, K, N], summed in float64."""
+    return (x.double() @ weight.double()).float()
+
+
+def choose_experts(
+    scores: Tensor, correction_bias: Tensor | None, num_experts: int, n_group: int, topk_group: int
+) -> Tensor:
+    """Return the experts with the highest scores, [T, A] int64 ascending, token by token; of equals, the lower id.
+
+    Args:
+        scores: [T, E].
+        correction_bias: [E], added for choosing alone.
+        num_experts: A.
+        n_group: groups of neighbouring experts.
+        topk_group: groups to choose from, by the sum of their two best scores.
+    """
+    chosen = []
+    for row in (scores if correction_bias is None else scores + correction_bias).tolist():
+        size = len(row) // n_group
+        groups = [row[g * size : (g + 1) * size] for g in range(n_group)]
+        order = sorted(range(n_group), key=lambda g, groups=groups: (-sum(sorted(groups[g])[-2:]), g))  # type: ignore[misc]
+        experts = [e for g in order[:topk_group] for e in range(g * size, (g + 1) * size)]
+        chosen.append(sorted(sorted(experts, key=lambda e, row=row: (-row[e], e))[:num_experts]))  # type: ignore[misc]
+    return torch.tensor(chosen)
+
+
+def int4_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return x @ (weight * scale).T as float32 [T, N], summed in float64.
+
+    Args:
+        x: [T, K].
+        weight: [N, K] int8 in [-8, 7].
+        weight_scale: [N, K / group].
+    """
+    group_size = weight.shape[1] // weight_scale.shape[1]
+    return (x.double() @ (weight.double() * weight_scale.double().repeat_interleave(group_size, 1)).t()).float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
+    """Return softmax(q kᵀ scale) v as [B, H, L, Dv], one query at a time, in float64.
 
     Args:
         q: [B, H, L, D].
         k: [B, G, S, D]; query head h reads key-value head h // (H / G).
-        v: [B, G, S, D].
+        v: [B, G, S, Dv].
         visible: [L, S] bool; each query sees at least one key.
         scale: multiplies the scores.
+        sinks: [H], one more score per head, which takes its share of the softmax and adds nothing.
     """
-    out = torch.empty_like(q)
+    out = torch.empty(*q.shape[:3], v.shape[3])
     shared = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for i in range(q.shape[2]):
                 keys, values = k[b, h // shared, visible[i]].double(), v[b, h // shared, visible[i]].double()
-                out[b, h, i] = torch.softmax(keys @ q[b, h, i].double() * scale, dim=0) @ values
+                scores = keys @ q[b, h, i].double() * scale
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[h : h + 1].double()])
+                out[b, h, i] = torch.softmax(scores, dim=0)[: len(values)] @ values
     return out
 
 

@@ -1,41 +1,163 @@
-"""Calibration: how strong each input channel of a linear layer is, over the shipped texts."""
+"""Calibration: how strong each input channel of a linear layer is, over the shipped texts, a layer at a time."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k2model.decoder.layers import Group, Step
-from k2model.decoder.linear import Linear
-from k2model.decoder.model import Decoder, causal
+from k2model.config import ModelConfig
+from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_expert
+from k2model.decoder.linear import LinearReader
+from k2model.decoder.model import read_layer
+from k2model.decoder.rope import cos_sin, inverse_frequencies
+from k2model.decoder.step import Group, Step, causal
 from k2model.formats.checkpoint import calibration_path
+from k2model.formats.weights import Weights
+from k2model.parameters import layer_parameters
 from k2model.tokenizer import Tokenizer
-
-STACKED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-"""The linears of a layer that share no input: what is calibrated."""
+from kernels import cpu
 
 _MAX_TOKENS = 512
+"""Of one text."""
+
+_MAX_VALUES = 2**26
+"""Hidden states kept, 256 MB: all 256 texts for SmolLM2, the first 9,000 tokens for a hidden size of 7168."""
+
+_PROMPTS_AT_ONCE = 16
+_TOKENS_AT_ONCE = 1024
 
 
 @dataclass(slots=True)
-class _Watched:
-    """A linear that sums the energy of each input channel, every token counted alike.
+class Strength:
+    """The energy of each input channel of a linear, every token counted alike.
 
     Each token has its own scale at run time, so a channel matters as far as it outgrows the token's other channels.
     The largest |input|, as SmoothQuant takes it, is set by the few tokens that everything attends to.
     """
 
-    linear: Linear
-    energy: Tensor | None = None
+    energy: Tensor
+    """[K] float32."""
     tokens: int = 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of `x` [T, K]."""
         energy = x.square()
-        energy = (energy / energy.mean(dim=1, keepdim=True).clamp_min(1e-12)).sum(dim=0)
-        self.energy = energy if self.energy is None else self.energy + energy
+        self.energy += (energy / energy.mean(dim=1, keepdim=True).clamp_min(1e-12)).sum(dim=0)
         self.tokens += x.shape[0]
-        return self.linear(x)
+
+    def value(self) -> Tensor:
+        """Return the root mean square of each channel relative to its token's, 1 on average; 0 without tokens."""
+        return (self.energy / max(self.tokens, 1)).sqrt()
+
+
+@dataclass(slots=True)
+class _Watching:
+    """Reads linears that note the strength of their inputs under the names of all linears that share them."""
+
+    reader: LinearReader
+    strengths: dict[str, Strength] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        return self.reader.weights
+
+    def read(self, names: list[tuple[str, int]], k: int, **options: Any) -> Any:
+        linear = self.reader.read(names, k, **options)
+        strength = Strength(torch.zeros(k))
+        self.strengths.update({name: strength for name, _ in names})
+
+        def watched(x: Tensor) -> Tensor:
+            strength.add(x)
+            return linear(x)
+
+        return watched
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts(Sequence[FeedForward]):
+    """A layer's experts, each read when its tokens come, so that one is in memory at a time."""
+
+    config: ModelConfig
+    layer: int
+    reader: _Watching
+
+    def __len__(self) -> int:
+        assert self.config.moe is not None
+        return self.config.moe.n_routed_experts
+
+    def __getitem__(self, expert: Any) -> Any:
+        reader: Any = self.reader
+        return read_expert(self.config, self.layer, expert, reader)
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Hidden states of the calibration prompts, on their way through the layers of a model that need not fit memory."""
+
+    config: ModelConfig
+    weights: Weights
+    prompts: list[list[int]]
+    hidden: Tensor
+    """[T, D] float32: what enters the next layer."""
+
+    @torch.inference_mode()
+    def run(self, index: int) -> dict[str, Tensor]:
+        """Move the hidden states through layer `index`; return the strength of every linear's input channels [K].
+
+        Linears in a layer that no token reached have strength 0.
+        """
+        watching = _Watching(LinearReader(self.weights, torch.float32, expand=True))
+        reader: Any = watching
+        experts = _Experts(self.config, index, watching) if self.config.is_moe[index] else None
+        layer = read_layer(self.config, index, reader, experts)
+        entering = Strength(torch.zeros(self.config.hidden_size))
+        for tokens, step in self._steps():
+            x = self.hidden[tokens]
+            h = cpu.rms_norm(x, layer.input_layernorm, layer.eps)
+            rope = cos_sin(self.config.rope, inverse_frequencies(self.config.rope), step.positions)
+            visible = step.visible(self.config.sliding_windows[index])
+            self.hidden[tokens] = x + layer.attention.forward(h, rope, step.groups, visible, torch.float32)
+        # Each expert is read once a block, so there is but one.
+        at_once = len(self.hidden) if isinstance(layer.feed_forward, MixtureOfExperts) else _TOKENS_AT_ONCE
+        for block in self.hidden.split(at_once):
+            h = cpu.rms_norm(block, layer.post_attention_layernorm, layer.eps)
+            entering.add(h)
+            block += layer.feed_forward.forward(h)
+        strengths = {name: strength.value() for name, strength in watching.strengths.items()}
+        for parameter in layer_parameters(self.config, index):
+            name = parameter.name.removesuffix(".weight")
+            if parameter.is_linear and ".mlp." in name:
+                if not name.endswith("down_proj"):
+                    strengths[name] = entering.value()
+                elif name not in strengths:
+                    strengths[name] = torch.zeros(parameter.shape[1])
+        return strengths
+
+    def _steps(self) -> Iterator[tuple[slice, Step]]:
+        start = 0
+        for first in range(0, len(self.prompts), _PROMPTS_AT_ONCE):
+            prompts = self.prompts[first : first + _PROMPTS_AT_ONCE]
+            groups = [Group(1, len(ids), causal(len(ids), 0)) for ids in prompts]
+            positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
+            tokens = slice(start, start + len(positions))
+            yield tokens, Step(torch.tensor([i for ids in prompts for i in ids]), positions, groups)
+            start = tokens.stop
+
+
+def start_calibration(config: ModelConfig, weights: Weights, prompts: list[list[int]]) -> Calibration:
+    """Return the calibration before the first layer, with as many of `prompts` as are kept at this hidden size."""
+    kept: list[list[int]] = []
+    tokens = 0
+    for ids in prompts:
+        if kept and (tokens + len(ids)) * config.hidden_size > _MAX_VALUES:
+            break
+        kept.append(ids)
+        tokens += len(ids)
+    embedding = weights.plain("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    hidden = embedding[torch.tensor([i for ids in kept for i in ids])].float()
+    return Calibration(config, weights, kept, hidden)
 
 
 def calibration_texts() -> list[str]:
@@ -50,29 +172,3 @@ def calibration_ids(tokenizer: Tokenizer) -> list[list[int]]:
         rendered = tokenizer.render([{"role": "user", "content": text}])
         prompts.append(tokenizer.encode_markup(rendered)[:_MAX_TOKENS])
     return prompts
-
-
-@torch.inference_mode()
-def channel_strength(decoder: Decoder, prompts: list[list[int]]) -> list[dict[str, Tensor]]:
-    """Return, per layer and each of STACKED, the strength of every input channel [K] over `prompts`.
-
-    The strength is the root mean square of the channel relative to its token's, 1 on average. `decoder` is left as is.
-    """
-    layers: list[dict[str, Any]] = [
-        {name: _Watched(getattr(layer, name)) for name in STACKED} for layer in decoder.layers
-    ]
-    watched = replace(
-        decoder, layers=[replace(layer, **watch) for layer, watch in zip(decoder.layers, layers, strict=True)]
-    )
-    for start in range(0, len(prompts), 16):
-        _forward(watched, prompts[start : start + 16])
-    return [
-        {name: (w.energy / w.tokens).sqrt() for name, w in layer.items() if w.energy is not None} for layer in layers
-    ]
-
-
-def _forward(decoder: Decoder, prompts: list[list[int]]) -> None:
-    groups = [Group(1, len(ids), causal(len(ids), 0)) for ids in prompts]
-    token_ids = torch.tensor([i for ids in prompts for i in ids])
-    positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
-    decoder.forward(Step(token_ids, positions, groups))

@@ -1,67 +1,54 @@
 """From any checkpoint to the INT8 one the CPU runs: made once, kept by content, then opened like any other."""
 
+import fcntl
 import json
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from k2model.compress.calibrate import calibration_ids, channel_strength
-from k2model.compress.quantize import quantize, smooth
-from k2model.decoder.model import Decoder
-from k2model.formats import compressed_tensors
-from k2model.formats.checkpoint import Checkpoint, cache_folder, fingerprint, open_checkpoint, publish
+from k2model.compress.convert import convert
+from k2model.formats.checkpoint import Checkpoint, cache_folder, fingerprint, open_checkpoint
+from k2model.parameters import parameters
 from k2model.tokenizer import Tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def prepare_int8(name: str) -> Checkpoint:
-    """Return the W8A8 checkpoint of `name`: itself if it is one, else its conversion, made on first use.
+    """Return the quantized checkpoint of `name`: itself if it is one, else its conversion, made on first use.
 
-    The conversion is a compressed-tensors folder under the cache, named by the fingerprint of its source, so that two
-    processes that convert at once make the same folder and one of them wins.
+    The conversion is a compressed-tensors folder under the cache, named by the fingerprint of its source. Of processes
+    that want the same one, one makes it and the others wait; one that is killed is gone on with.
 
     Raises: CheckpointError.
     """
     source = open_checkpoint(name)
-    if compressed_tensors.is_w8a8(source.config_json(), name):
+    if is_quantized(source):
         return source
     target = cache_folder() / "int8" / fingerprint(name, "cpu")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent))
-        try:
-            write_int8(source, folder)
-            publish(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.with_suffix(".lock")):
+        if not target.exists():
+            part = target.with_suffix(".part")
+            part.mkdir(exist_ok=True)
+            copy_tokenizer(source, part)
+            convert(source, part, Tokenizer.open(part))
+            part.rename(target)
     return Checkpoint(name, target)
 
 
-def write_int8(source: Checkpoint, folder: Path) -> None:
-    """Write the balanced W8A8 conversion of `source` into the empty `folder`, as compressed-tensors."""
-    from safetensors.torch import save_file
-
-    copy_tokenizer(source, folder)
-    tokenizer = Tokenizer.open(folder)
-    tensors = balanced(source, tokenizer)
-    stored = {name: _stored(name, tensor) for name, tensor in quantize(tensors).items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {**source.config_json(), "torch_dtype": "bfloat16"}
-    config["quantization_config"] = compressed_tensors.quantization_config()
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-
-
-def balanced(source: Checkpoint, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Return the float32 weights of `source` with outliers balanced over the calibration texts."""
-    tensors = {key: tensor.float() for key, tensor in source.tensors().items()}
-    config = source.config()
-    decoder = Decoder.from_tensors(config, tensors, where=source.name, dtype=torch.float32, kv_dtype=torch.float32)
-    smooth(tensors, channel_strength(decoder, calibration_ids(tokenizer)), config)
-    return tensors
+def is_quantized(source: Checkpoint) -> bool:
+    """Return whether every decoder linear is stored as INT8 or INT4 already. Raises: CheckpointError."""
+    weights = source.weights()
+    linears = (p.name.removesuffix(".weight") for p in parameters(source.config()) if p.is_linear)
+    return all(weights.storage(linear) in ("int8", "int4") for linear in linears)
 
 
 def copy_tokenizer(source: Checkpoint, folder: Path) -> None:
@@ -74,13 +61,14 @@ def copy_tokenizer(source: Checkpoint, folder: Path) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(source.config_json()), encoding="utf-8")
         return
-    for name in _TOKENIZER_FILES:
+    for name in (*_TOKENIZER_FILES, "config.json"):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
 
 
-def _stored(name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor as it is kept: scales and norms in float32, the embedding in bfloat16, int8 as it is."""
-    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-        return tensor.to(torch.bfloat16).contiguous()
-    return tensor.contiguous()
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold the lock file; the system lets go of it when this process dies."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -6,11 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from k2model.formats.compressed_tensors import unpack_int4
+from k2model.formats.weights import Weights
 from kernels import cpu
 
 
 class Linear(Protocol):
-    """y = x @ weight.T."""
+    """y = x @ weight.T + bias."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return float32 [T, N] of `x` [T, K] float32."""
@@ -23,10 +25,12 @@ class FloatLinear:
 
     weight: Tensor
     """[N, K]."""
+    bias: Tensor | None = None
+    """[N] float32."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return float32 [T, N]."""
-        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).float()
+        return _biased(torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).float(), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +41,84 @@ class Int8Linear:
     """[N, K] int8."""
     weight_scale: Tensor
     """[N] float32."""
+    bias: Tensor | None = None
+    """[N] float32."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return float32 [T, N]."""
         x_int8, x_scale = cpu.quantize_rows(x)
-        return cpu.int8_linear(x_int8, x_scale, self.weight, self.weight_scale)
+        return _biased(cpu.int8_linear(x_int8, x_scale, self.weight, self.weight_scale), self.bias)
 
 
-def stack(linears: list[Linear]) -> Linear:
-    """Return one layer that computes all of `linears`, outputs side by side, so that their input is quantized once."""
-    if all(isinstance(linear, Int8Linear) for linear in linears):
-        int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
-        return Int8Linear(torch.cat([i.weight for i in int8]), torch.cat([i.weight_scale for i in int8]))
-    floats = [linear for linear in linears if isinstance(linear, FloatLinear)]
-    if len(floats) != len(linears):
-        raise TypeError("stack: linears of one kind, got both int8 and float")
-    return FloatLinear(torch.cat([linear.weight for linear in floats]))
+@dataclass(frozen=True, slots=True)
+class Int4Linear:
+    """W4A16: one scale per group of columns, activations in bfloat16."""
+
+    packed: Tensor
+    """[N, K / 2] uint8, as `cpu.int4_pack` orders it."""
+    scales: Tensor
+    """[K / group, N, 2] bfloat16."""
+    bias: Tensor | None = None
+    """[N] float32."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return float32 [T, N]."""
+        group_size = self.packed.shape[1] * 2 // self.scales.shape[0]
+        return _biased(cpu.int4_linear(x, self.packed, self.scales, group_size), self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReader:
+    """Makes linears of a checkpoint's weights."""
+
+    weights: Weights
+    dtype: torch.dtype
+    """Of linears that are computed as floats."""
+    expand: bool
+    """Whether quantized linears are computed as floats too, as a reference."""
+
+    def read(
+        self, names: list[tuple[str, int]], k: int, *, bias: bool | list[bool] = False, rows: Tensor | None = None
+    ) -> Linear:
+        """Return one layer that computes all of `names`, outputs side by side, so that their input is quantized once.
+
+        Args:
+            names: each linear and its N.
+            k: in features.
+            bias: whether each has a `.bias`.
+            rows: [sum of N] int64, the order of the outputs, if not as stored.
+
+        Raises: CheckpointError naming a tensor that is missing or has another shape.
+        """
+        values = self._bias(names, bias if isinstance(bias, list) else [bias] * len(names), rows)
+        kinds = set() if self.expand else {self.weights.storage(name) for name, _ in names}
+        if kinds == {"int8"}:
+            stored = [self.weights.int8_weight(name, n, k) for name, n in names]
+            weight, scale = (_in_order([pair[i] for pair in stored], rows) for i in (0, 1))
+            return Int8Linear(weight, scale, values)
+        group_size = self.weights.scheme.int4_group_size
+        total = sum(n for _, n in names)
+        if kinds == {"int4"} and total % 16 == 0 and group_size in cpu.INT4_GROUP_SIZES:
+            stored = [self.weights.int4_weight(name, n, k) for name, n in names]
+            packed, scale = (_in_order([pair[i] for pair in stored], rows) for i in (0, 1))
+            return Int4Linear(*cpu.int4_pack(unpack_int4(packed), scale), values)
+        floats = [self.weights.float_weight(name, n, k).to(self.dtype) for name, n in names]
+        return FloatLinear(_in_order(floats, rows), values)
+
+    def _bias(self, names: list[tuple[str, int]], has_bias: list[bool], rows: Tensor | None) -> Tensor | None:
+        if not any(has_bias):
+            return None
+        parts = [
+            self.weights.vector(f"{name}.bias", n) if has else torch.zeros(n)
+            for (name, n), has in zip(names, has_bias, strict=True)
+        ]
+        return _in_order(parts, rows)
+
+
+def _in_order(tensors: list[Tensor], rows: Tensor | None) -> Tensor:
+    joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return joined if rows is None else joined[rows]
+
+
+def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)

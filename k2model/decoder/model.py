@@ -1,44 +1,43 @@
-"""The Llama decoder over packed tokens. Knows tensors and positions; knows no request and no text."""
+"""The decoder over packed tokens: one forward pass for every family. Knows tensors and positions, no request, no text.
 
-import math
-from collections.abc import Mapping
+Legend: T tokens of the step, D hidden_size, V vocabulary.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from k2model.config import ModelConfig
-from k2model.decoder.layers import Group, KeyValues, Layer, Step
-from k2model.decoder.linear import FloatLinear, Int8Linear, Linear, stack
+from k2model.config import LatentAttentionConfig, ModelConfig
+from k2model.decoder.attention import Attention, read_attention
+from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_feed_forward
+from k2model.decoder.linear import LinearReader
+from k2model.decoder.mla import LatentAttention, read_latent_attention
+from k2model.decoder.rope import cos_sin, inverse_frequencies
+from k2model.decoder.step import Group, KeyValues, Step, causal
+from k2model.formats.weights import Weights
+from k2model.parameters import parameters
 from kernels import cpu
-from schemas.errors import CheckpointError
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Return the rotation per position of each pair [head_dim / 2] float32.
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Attention and feed-forward, pre-norm, with residuals."""
 
-    Source: arXiv 2104.09864; Llama 3 scaling as in transformers' `_compute_llama3_parameters`.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
-    shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
-    smooth = (scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    slowed = torch.where(wavelengths > longest, frequencies / scaling.factor, frequencies)
-    between = (wavelengths >= shortest) & (wavelengths <= longest)
-    return torch.where(between, blended, slowed)
+    input_layernorm: Tensor
+    attention: Attention | LatentAttention
+    post_attention_layernorm: Tensor
+    feed_forward: FeedForward | MixtureOfExperts
+    eps: float
 
-
-def causal(length: int, past: int) -> Tensor:
-    """Return the [length, past + length] bool mask: all of the past, and each token up to itself."""
-    return torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], visible: list[Tensor], kv_dtype: torch.dtype
+    ) -> Tensor:
+        """Return the layer's output [T, D] float32 for `x` [T, D]; appends to each group's cache."""
+        h = cpu.rms_norm(x, self.input_layernorm, self.eps)
+        x = x + self.attention.forward(h, rope, groups, visible, kv_dtype)
+        return x + self.feed_forward.forward(cpu.rms_norm(x, self.post_attention_layernorm, self.eps))
 
 
 @dataclass(slots=True)
@@ -57,50 +56,49 @@ class Decoder:
     frequencies: Tensor
 
     @classmethod
-    def from_tensors(
+    def from_weights(
         cls,
         config: ModelConfig,
-        tensors: Mapping[str, Tensor],
+        weights: Weights,
         *,
-        where: str,
-        dtype: torch.dtype,
-        kv_dtype: torch.dtype,
+        dtype: torch.dtype = torch.bfloat16,
+        expand: bool = False,
+        kv_dtype: torch.dtype = torch.float32,
     ) -> "Decoder":
-        """Return a decoder over `tensors`, named as in a Hugging Face Llama checkpoint.
+        """Return a decoder over `weights`.
 
         Args:
             config: the model's sizes.
-            tensors: weights; a linear with an int8 weight has a `.weight_scale` beside it.
-            where: the checkpoint, for messages.
-            dtype: of the float linears and the output embedding.
+            weights: of a checkpoint.
+            dtype: of the linears that are not quantized, and of the output embedding.
+            expand: whether quantized linears are computed as floats too; with float32, the reference.
             kv_dtype: of keys, values and attention products.
 
-        Raises: CheckpointError naming a tensor that is missing or has another shape.
+        Raises: CheckpointError naming tensors that are missing, misshapen, or not part of the model.
         """
-        take = _Taker(tensors, where, dtype)
+        weights.check(parameters(config), tied=config.tie_word_embeddings)
         d, v = config.hidden_size, config.vocab_size
-        embed_tokens = take.plain("model.embed_tokens.weight", (v, d))
-        tied = "lm_head.weight" not in tensors
-        if tied and not config.tie_word_embeddings:
-            raise CheckpointError(f"{where}: tensor lm_head.weight is missing and tie_word_embeddings is false")
-        lm_head = embed_tokens if tied else take.plain("lm_head.weight", (v, d))
+        embed_tokens = weights.plain("model.embed_tokens.weight", (v, d))
+        head = embed_tokens if weights.is_tied else weights.float_weight("lm_head", v, d)
+        reader = LinearReader(weights, dtype, expand)
         return cls(
             config=config,
             embed_tokens=embed_tokens,
-            layers=[_layer(index, config, take) for index in range(config.num_hidden_layers)],
-            norm=take.plain("model.norm.weight", (d,)).float(),
-            lm_head=lm_head.to(dtype),
+            layers=[read_layer(config, index, reader) for index in range(config.num_hidden_layers)],
+            norm=weights.vector("model.norm.weight", d),
+            lm_head=head.to(dtype),
             kv_dtype=kv_dtype,
-            frequencies=inverse_frequencies(config),
+            frequencies=inverse_frequencies(config.rope),
         )
 
     def forward(self, step: Step) -> Tensor:
         """Return hidden states after the final norm [T, D] float32, and grow each group's cache."""
-        angles = step.positions[:, None].float() * self.frequencies
-        rope = (angles.cos(), angles.sin())
+        rope = cos_sin(self.config.rope, self.frequencies, step.positions)
+        windows = self.config.sliding_windows
+        visible = {window: step.visible(window) for window in set(windows)}
         x = self.embed_tokens[step.token_ids].float()
-        for layer in self.layers:
-            x = layer.forward(x, rope, step.groups, self.config, self.kv_dtype)
+        for layer, window in zip(self.layers, windows, strict=True):
+            x = layer.forward(x, rope, step.groups, visible[window], self.kv_dtype)
         for group in step.groups:
             if group.cache is not None:
                 group.cache.length += group.length + (group.prefix.length if group.prefix else 0)
@@ -112,13 +110,13 @@ class Decoder:
 
     def allocate(self, count: int, capacity: int) -> KeyValues:
         """Return empty keys and values for `count` sequences of up to `capacity` tokens."""
-        shape = (count, self.config.num_key_value_heads, capacity, self.config.head_dim)
-        layers = range(len(self.layers))
-        return KeyValues(
-            [torch.empty(shape, dtype=self.kv_dtype) for _ in layers],
-            [torch.empty(shape, dtype=self.kv_dtype) for _ in layers],
-            0,
-        )
+        attention = self.config.attention
+        if isinstance(attention, LatentAttentionConfig):
+            kv_heads, width = 1, attention.kv_lora_rank + attention.qk_rope_head_dim
+        else:
+            kv_heads, width = attention.num_key_value_heads, 2 * attention.head_dim
+        shape = (count, kv_heads, capacity, width)
+        return KeyValues([torch.empty(shape, dtype=self.kv_dtype) for _ in self.layers], 0)
 
     def forward_one(self, token_ids: list[int]) -> Tensor:
         """Return the hidden states [T, D] of one sequence from its start."""
@@ -127,43 +125,16 @@ class Decoder:
         return self.forward(Step(torch.tensor(token_ids), torch.arange(length), [group]))
 
 
-@dataclass(frozen=True, slots=True)
-class _Taker:
-    """Takes tensors by name, checking shapes."""
-
-    tensors: Mapping[str, Tensor]
-    where: str
-    dtype: torch.dtype
-
-    def plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.where}: tensor {name} is missing", remedy="the download may be incomplete")
-        tensor = self.tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self.where}: tensor {name} is {tuple(tensor.shape)}, expected {shape} by config.json"
-            )
-        return tensor
-
-    def linear(self, name: str, n: int, k: int) -> Linear:
-        weight = self.plain(f"{name}.weight", (n, k))
-        if weight.dtype != torch.int8:
-            return FloatLinear(weight.to(self.dtype))
-        return Int8Linear(weight, self.plain(f"{name}.weight_scale", (n, 1)).float().squeeze(1))
-
-
-def _layer(index: int, config: ModelConfig, take: _Taker) -> Layer:
-    prefix = f"model.layers.{index}"
-    d, ff, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    attention = [take.linear(f"{prefix}.self_attn.{name}_proj", n, d) for name, n in (("q", q), ("k", kv), ("v", kv))]
-    feed_forward = [take.linear(f"{prefix}.mlp.{name}_proj", ff, d) for name in ("gate", "up")]
+def read_layer(
+    config: ModelConfig, index: int, reader: LinearReader, experts: Sequence[FeedForward] | None = None
+) -> Layer:
+    """Return layer `index`; with `experts` in place of those read here. Raises: CheckpointError."""
+    name, d, vector = f"model.layers.{index}", config.hidden_size, reader.weights.vector
+    is_latent = isinstance(config.attention, LatentAttentionConfig)
     return Layer(
-        index=index,
-        input_layernorm=take.plain(f"{prefix}.input_layernorm.weight", (d,)).float(),
-        qkv_proj=stack(attention),
-        o_proj=take.linear(f"{prefix}.self_attn.o_proj", d, q),
-        post_attention_layernorm=take.plain(f"{prefix}.post_attention_layernorm.weight", (d,)).float(),
-        gate_up_proj=stack(feed_forward),
-        down_proj=take.linear(f"{prefix}.mlp.down_proj", d, ff),
+        input_layernorm=vector(f"{name}.input_layernorm.weight", d),
+        attention=(read_latent_attention if is_latent else read_attention)(config, index, reader),
+        post_attention_layernorm=vector(f"{name}.post_attention_layernorm.weight", d),
+        feed_forward=read_feed_forward(config, index, reader, experts),
+        eps=config.rms_norm_eps,
     )

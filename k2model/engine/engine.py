@@ -137,13 +137,12 @@ class Engine:
 def load(checkpoint: str, mode: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """Return the decoder and tokenizer of `checkpoint`; see `Engine.open` for the modes. Raises: CheckpointError."""
     source = prepare_int8(checkpoint) if mode == "cpu" else open_checkpoint(checkpoint)
-    dtype = torch.float32 if mode == "float32" else torch.bfloat16
     if source.is_gguf:
         with tempfile.TemporaryDirectory() as folder:
             copy_tokenizer(source, Path(folder))
             tokenizer = Tokenizer.open(Path(folder))
     else:
         tokenizer = Tokenizer.open(source.path)
-    kv_dtype = torch.float32
-    decoder = Decoder.from_tensors(source.config(), source.tensors(), where=source.name, dtype=dtype, kv_dtype=kv_dtype)
+    dtype = torch.float32 if mode == "float32" else torch.bfloat16
+    decoder = Decoder.from_weights(source.config(), source.weights(), dtype=dtype, expand=mode == "float32")
     return decoder, tokenizer

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from k2model.decoder.layers import Group, KeyValues, Step
-from k2model.decoder.model import Decoder, causal
+from k2model.decoder.model import Decoder
+from k2model.decoder.step import Group, KeyValues, Step, causal
 from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
 from k2model.engine.request import Completion
 from k2model.engine.scheduler import Sequence
@@ -134,10 +134,8 @@ class Runner:
                 )
             )
         if len(keep) < len(cohort.sequences):
-            rows = torch.tensor(keep, dtype=torch.int64)
             cohort.sequences = [cohort.sequences[row] for row in keep]
-            cohort.cache.keys = [keys[rows] for keys in cohort.cache.keys]
-            cohort.cache.values = [values[rows] for values in cohort.cache.values]
+            cohort.cache.keep(torch.tensor(keep, dtype=torch.int64))
         if keep:
             self.cohorts.append(cohort)
 

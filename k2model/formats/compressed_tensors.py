@@ -7,27 +7,38 @@ time, symmetric. Source: vllm-project/compressed-tensors, `compressors/quantized
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from schemas.errors import CheckpointError
 
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-def quantization_config() -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint whose decoder linears are all W8A8."""
+def quantization_config(int4_targets: list[str], int4_group_size: int, *, all_int4: bool) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint whose decoder linears are W8A8, or INT4 by group.
+
+    Args:
+        int4_targets: module names, or patterns behind `re:`, of the linears stored as INT4.
+        int4_group_size: columns that share a scale there.
+        all_int4: whether no linear is W8A8.
+    """
+    group = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
+    int8 = {"targets": ["Linear"], "weights": _WEIGHTS, "input_activations": _ACTIVATIONS, "format": "int-quantized"}
+    int4 = {
+        "targets": int4_targets,
+        "weights": {**group, "group_size": int4_group_size},
+        "input_activations": None,
+        "format": "pack-quantized",
+    }
+    groups = [scheme for scheme, there in ((int8, not all_int4), (int4, bool(int4_targets))) if there]
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": groups[0]["format"] if len(groups) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": _WEIGHTS,
-                "input_activations": _ACTIVATIONS,
-                "output_activations": None,
-            }
-        },
+        "ignore": ["lm_head", "re:.*\\.gate$"],
+        "config_groups": {f"group_{i}": {**scheme, "output_activations": None} for i, scheme in enumerate(groups)},
     }
 
 
@@ -53,3 +64,16 @@ def is_w8a8(config: Mapping[str, Any], where: str) -> bool:
             if wrong:
                 raise CheckpointError(f"{where}: quantization_config {name}.{part} has {wrong}, expected {expected}")
     return True
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Return the weights [N, K] int8 in [-8, 7] of `packed` [N, K / 8] int32: low nibble first, stored as q + 8."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((packed[..., None] >> shifts) & 15).flatten(-2).to(torch.int8) - 8
+
+
+def pack_int4(weight: Tensor) -> Tensor:
+    """Return `weight` [N, K] int8 in [-8, 7] as [N, K / 8] int32, the inverse of `unpack_int4`."""
+    nibbles = (weight.to(torch.int64) + 8).unflatten(-1, (-1, 8))
+    words = (nibbles << torch.arange(0, 32, 4)).sum(dim=-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

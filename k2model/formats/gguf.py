@@ -1,18 +1,24 @@
-"""GGUF files of the llama architecture, opened as Hugging Face config, tensors and tokenizer.
+"""GGUF files opened like any other checkpoint: config.json, weights by the model's names, and tokenizer.
 
-Source: the GGUF specification (ggml-org/ggml docs/gguf.md) and llama.cpp's convert_hf_to_gguf.py, whose permutation of
-q and k rows is undone here.
+Source: llama.cpp's converters, whose permutation of q and k rows (architecture llama) and split of kv_b_proj into k_b
+and v_b (deepseek2) are undone here.
 """
 
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from torch import Tensor
 
+from k2model.config import LatentAttentionConfig, ModelConfig
+from k2model.formats.folder import Folder, local_folder
+from k2model.formats.gguf_config import config_of
+from k2model.formats.gguf_file import GgufFile, read_gguf
+from k2model.formats.names import Readable
+from k2model.formats.weights import TensorInfo, Weights
 from schemas.errors import CheckpointError
 
 _NAMES = {
@@ -24,11 +30,26 @@ _NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+_WHOLE = {"attn_sinks.weight": "self_attn.sinks", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+_STACKED = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
 _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 """Pre-tokenizers that split digits one by one before the byte-level regex. Source: llama.cpp llama-vocab.cpp."""
@@ -37,84 +58,96 @@ _CONTROL, _USER_DEFINED = 3, 4
 """Token types of the GGUF specification."""
 
 
-def _reader(path: Path) -> gguf.GGUFReader:
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable GGUF file: {error}", remedy="download it again") from error
-    architecture = _field(reader, "general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(f'{path}: GGUF architecture is "{architecture}", and this version opens "llama"')
-    return reader
-
-
-def _field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a config.json of the file's sizes. Raises: CheckpointError if it is no llama GGUF, or scales its rope."""
-    reader = _reader(path)
-    if _field(reader, "llama.rope.scaling.type", "none") != "none" or any(
-        t.name == "rope_freqs.weight" for t in reader.tensors
-    ):
-        raise CheckpointError(
-            f"{path}: rope scaling in GGUF is not read by this version", remedy="use the safetensors checkpoint"
-        )
-    heads = int(_field(reader, "llama.attention.head_count"))
-    hidden_size = int(_field(reader, "llama.embedding_length"))
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "intermediate_size": int(_field(reader, "llama.feed_forward_length")),
-        "num_hidden_layers": int(_field(reader, "llama.block_count")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(_field(reader, "llama.attention.head_count_kv", heads)),
-        "head_dim": int(_field(reader, "llama.attention.key_length", hidden_size // heads)),
-        "vocab_size": next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"),
-        "max_position_embeddings": int(_field(reader, "llama.context_length")),
-        "rms_norm_eps": float(np.float32(_field(reader, "llama.attention.layer_norm_rms_epsilon"))),
-        "rope_theta": float(_field(reader, "llama.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": not any(t.name == "output.weight" for t in reader.tensors),
-        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
-        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id"),
-        "torch_dtype": "float32",
-    }
+    """Return a config.json of the file at `path`. Raises: CheckpointError if it is not read."""
+    return config_of(_open(path))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the weights as float32 under their Hugging Face names, q and k rows back in half-split order."""
-    reader = _reader(path)
-    heads = int(_field(reader, "llama.attention.head_count"))
-    kv_heads = int(_field(reader, "llama.attention.head_count_kv", heads))
-    tensors = {}
-    for tensor in reader.tensors:
-        name = _hugging_face_name(tensor.name, path)
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        weight = torch.from_numpy(np.ascontiguousarray(values))
-        if name.endswith("q_proj.weight"):
-            weight = _unpermute(weight, heads)
-        elif name.endswith("k_proj.weight"):
-            weight = _unpermute(weight, kv_heads)
-        tensors[name] = weight
-    return tensors
+def weights(folder: Folder, file: str) -> Weights:
+    """Return the weights of `file` under the model's names, each expanded to float32 when asked for."""
+    opened = read_gguf(folder, file)
+    config = ModelConfig.from_dict(config_of(opened), folder.where)
+    found: dict[str, Readable] = {}
+    for name in opened.tensors:
+        for made, readable in _readables(opened, config, name):
+            if made in found:
+                raise CheckpointError(f"{folder.where}: two tensors are both {made}; one of them is {name}")
+            found[made] = readable
+    infos = {name: readable.info for name, readable in found.items()}
+    return Weights(folder.where, infos, lambda name: found[name].read())
 
 
-def _hugging_face_name(name: str, path: Path) -> str:
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
-    if match is None or match[2] not in _NAMES:
-        raise CheckpointError(f"{path}: tensor {name} is not part of a llama model")
-    layer = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{layer}{_NAMES[match[2]]}.weight"
+def _open(path: Path) -> GgufFile:
+    return read_gguf(local_folder(path.parent, str(path)), path.name)
 
 
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Return rows [heads * head_dim, K] as halves; llama.cpp stores them as interleaved pairs."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+def _readables(file: GgufFile, config: ModelConfig, name: str) -> Iterator[tuple[str, Readable]]:
+    """Yield what tensor `name` of the file holds, under the model's names."""
+    if name == "rope_freqs.weight":
+        return  # read with the config
+    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if found is None:
+        raise _unknown(file, name)
+    number, kind, ending = found.groups()
+    layer = f"model.layers.{number}." if number is not None else ""
+    info = TensorInfo(file.tensors[name].dtype, file.tensors[name].shape)
+    if kind in _STACKED:
+        for expert in range(info.shape[0]):
+            one = TensorInfo(info.dtype, info.shape[1:])
+            made = f"{layer}mlp.experts.{expert}.{_STACKED[kind]}.{ending}"
+            yield made, Readable(one, partial(file.read, name, expert))
+    elif kind in ("attn_k_b", "attn_v_b"):
+        if kind == "attn_k_b" and f"blk.{number}.attn_kv_b.weight" not in file.tensors:
+            yield f"{layer}self_attn.kv_b_proj.weight", _joined(file, config, f"blk.{number}.")
+    elif f"{kind}.{ending}" in _WHOLE:
+        yield layer + _WHOLE[f"{kind}.{ending}"], Readable(info, partial(file.read, name))
+    elif kind in _NAMES:
+        heads = _permuted_heads(file, config, kind)
+        read = partial(_unpermuted, file, name, heads) if heads else partial(file.read, name)
+        yield f"{layer}{_NAMES[kind]}.{ending}", Readable(info, read)
+    else:
+        raise _unknown(file, name)
+
+
+def _unknown(file: GgufFile, name: str) -> CheckpointError:
+    arch = file.fields["general.architecture"]
+    return CheckpointError(f"{file.folder.where}: tensor {name} is not known for architecture {arch}")
+
+
+def _permuted_heads(file: GgufFile, config: ModelConfig, kind: str) -> int:
+    """Return how many heads' rows of a tensor are permuted; 0 for none."""
+    if file.fields["general.architecture"] != "llama" or isinstance(config.attention, LatentAttentionConfig):
+        return 0
+    attention = config.attention
+    return {"attn_q": attention.num_attention_heads, "attn_k": attention.num_key_value_heads}.get(kind, 0)
+
+
+def _unpermuted(file: GgufFile, name: str, heads: int) -> Tensor:
+    """Return rows [heads * head_dim, ...] as halves; llama.cpp stores them as interleaved pairs."""
+    values = file.read(name)
+    rows = values.shape[0] // heads
+    return values.view(heads, rows // 2, 2, -1).transpose(1, 2).reshape(values.shape)
+
+
+def _joined(file: GgufFile, config: ModelConfig, block: str) -> Readable:
+    """Return kv_b_proj [H (nope + v), R], from k_b [H, R, nope] and v_b [H, v, R]."""
+    attention = config.attention
+    assert isinstance(attention, LatentAttentionConfig)
+    heads, rank = attention.num_attention_heads, attention.kv_lora_rank
+    key, value = f"{block}attn_k_b.weight", f"{block}attn_v_b.weight"
+    shapes = {key: (heads, rank, attention.qk_nope_head_dim), value: (heads, attention.v_head_dim, rank)}
+    for name, shape in shapes.items():
+        tensor = file.tensors.get(name)
+        if tensor is None or tensor.shape != shape:
+            raise CheckpointError(
+                f"{file.folder.where}: tensor {name} is {tensor.shape if tensor else 'missing'}, expected {shape}"
+            )
+
+    def read() -> Tensor:
+        return torch.cat((file.read(key).transpose(1, 2), file.read(value)), dim=1).flatten(0, 1)
+
+    rows = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    return Readable(TensorInfo(file.tensors[value].dtype, (rows, rank)), read)
 
 
 def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,14 +155,14 @@ def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises: CheckpointError for another tokenizer model, or a pre-tokenizer this version does not know.
     """
-    reader = _reader(path)
-    model, pre = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre", "default")
+    fields = _open(path).fields
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     if model != "gpt2" or pre not in (*_SPLIT_DIGITS, "gpt-2", "default"):
         raise CheckpointError(
             f'{path}: tokenizer model "{model}" with pre-tokenizer "{pre}" is not read from GGUF by this version',
             remedy="use the safetensors checkpoint, which has a tokenizer.json",
         )
-    tokens, kinds = _field(reader, "tokenizer.ggml.tokens"), _field(reader, "tokenizer.ggml.token_type")
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     added = [
@@ -160,11 +193,11 @@ def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": _field(reader, "tokenizer.ggml.merges"),
+            "merges": fields["tokenizer.ggml.merges"],
         },
     }
-    settings: dict[str, Any] = {"chat_template": _field(reader, "tokenizer.chat_template")}
+    settings: dict[str, Any] = {"chat_template": fields.get("tokenizer.chat_template")}
     for name in ("bos", "eos"):
-        token_id = _field(reader, f"tokenizer.ggml.{name}_token_id")
+        token_id = fields.get(f"tokenizer.ggml.{name}_token_id")
         settings[f"{name}_token"] = tokens[token_id] if token_id is not None else None
     return tokenizer, settings

@@ -1,0 +1,124 @@
+"""Feed-forward kinds: dense, and routed experts with or without a shared one.
+
+Legend: T tokens of the step, D hidden_size, F intermediate size, E experts, A experts per token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from k2model.config import ModelConfig, MoeConfig
+from k2model.decoder.linear import Linear, LinearReader
+from kernels import cpu
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """down(activation(gate_up(x))): a dense layer, an expert, or the shared expert."""
+
+    gate_up_proj: Linear
+    down_proj: Linear
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [T, D] float32 for `x` [T, D]."""
+        gate_up = self.gate_up_proj(x)
+        if self.swiglu_limit is None:
+            return self.down_proj(cpu.swiglu(gate_up))
+        return self.down_proj(cpu.clamped_swiglu(gate_up, self.swiglu_alpha, self.swiglu_limit))
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Picks experts for every token, in float32."""
+
+    config: MoeConfig
+    weight: Tensor
+    """[E, D] float32."""
+    bias: Tensor | None
+    correction_bias: Tensor | None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return [T, E] float32."""
+        logits = cpu.row_matmul(x, self.weight.t())
+        return logits if self.bias is None else logits + self.bias
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of each token [T, A] int64, ascending, and their weights [T, A] float32."""
+        config = self.config
+        scores = logits
+        if config.scoring_func != "softmax_topk":
+            scores = logits.sigmoid() if config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
+        expert_ids = cpu.choose_experts(
+            scores, self.correction_bias, config.num_experts_per_tok, config.n_group, config.topk_group
+        )
+        expert_weights = scores.gather(1, expert_ids)
+        if config.scoring_func == "softmax_topk":
+            return expert_ids, torch.softmax(expert_weights, dim=-1)
+        if config.norm_topk_prob:
+            expert_weights = expert_weights / (expert_weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return expert_ids, expert_weights * config.routed_scaling_factor
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """Routed experts, and the shared one if there is one."""
+
+    router: Router
+    experts: Sequence[FeedForward]
+    shared: FeedForward | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [T, D] float32 for `x` [T, D].
+
+        A token's experts are summed in ascending order, whatever tokens share them: its bits are its own.
+        """
+        expert_ids, expert_weights = self.router.choose(self.router.logits(x))
+        out = torch.zeros_like(x)
+        slots = expert_ids.view(-1).sort(stable=True).indices
+        counts = torch.bincount(expert_ids.view(-1), minlength=len(self.experts)).tolist()
+        for expert, mine in enumerate(slots.split(counts)):
+            if len(mine):
+                rows = mine // expert_ids.shape[1]
+                y = self.experts[expert].forward(x[rows])
+                out.index_add_(0, rows, y.mul_(expert_weights.view(-1)[mine, None]))
+        return out if self.shared is None else out.add_(self.shared.forward(x))
+
+
+def read_feed_forward(
+    config: ModelConfig, index: int, reader: LinearReader, experts: Sequence[FeedForward] | None = None
+) -> FeedForward | MixtureOfExperts:
+    """Return the feed-forward of layer `index`; with `experts` in place of those read here. Raises: CheckpointError."""
+    name, d, moe = f"model.layers.{index}.mlp", config.hidden_size, config.moe
+    if not config.is_moe[index]:
+        return _read(reader, name, d, config.intermediate_size, config.mlp_bias)
+    assert moe is not None
+    vector, size = reader.weights.vector, moe.n_routed_experts
+    router = Router(
+        config=moe,
+        weight=reader.weights.plain(f"{name}.gate.weight", (size, d)).float(),
+        bias=vector(f"{name}.gate.bias", size) if moe.bias else None,
+        correction_bias=vector(f"{name}.gate.e_score_correction_bias", size) if moe.correction_bias else None,
+    )
+    if experts is None:
+        experts = [read_expert(config, index, expert, reader) for expert in range(size)]
+    shared_size = moe.shared_intermediate_size
+    shared = _read(reader, f"{name}.shared_experts", d, shared_size, False) if shared_size else None
+    return MixtureOfExperts(router, experts, shared)
+
+
+def read_expert(config: ModelConfig, index: int, expert: int, reader: LinearReader) -> FeedForward:
+    """Return expert `expert` of layer `index`. Raises: CheckpointError."""
+    moe = config.moe
+    assert moe is not None
+    name = f"model.layers.{index}.mlp.experts.{expert}"
+    made = _read(reader, name, config.hidden_size, moe.moe_intermediate_size, moe.bias)
+    return replace(made, swiglu_limit=moe.swiglu_limit, swiglu_alpha=moe.swiglu_alpha)
+
+
+def _read(reader: LinearReader, name: str, d: int, width: int, bias: bool) -> FeedForward:
+    gate_up = reader.read([(f"{name}.gate_proj", width), (f"{name}.up_proj", width)], d, bias=bias)
+    return FeedForward(gate_up, reader.read([(f"{name}.down_proj", d)], width, bias=bias))
