@@ -37,6 +37,7 @@ EXAMPLES = {
     "status": "k2batch status annotated/moderation-sweep-*",
     "verify": "k2batch verify annotated/moderation-sweep-*",
     "report": "k2batch report annotated/moderation-sweep-*",
+    "models": "k2batch models inspect smollm2-135m-instruct",
     "doctor": "k2batch doctor",
     "bench": "k2batch bench linear --rounds 3",
 }
@@ -48,6 +49,7 @@ _ABOUT = {
     "status": "Say how far a run is, from its receipts. Exits as the run would: 0 once it is complete.",
     "verify": "Prove from the files alone that every input row is in the output once.",
     "report": "Write report.html into a finished run, and show it in short.",
+    "models": "Look into a checkpoint before fetching it, compare it with reference fixtures, or convert it to INT8.",
     "doctor": "Check this machine and installation.",
     "bench": "Measure: the INT8 layers beside bfloat16, INT8 beside float32, the engine on its peers' work.",
 }
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
             if verb == "run":
                 return _run(arguments, open_engine)
             verbs = {"plan": _plan, "status": _status, "verify": _verify, "report": _report, "doctor": _doctor}
-            return {**verbs, "bench": _bench}[verb](arguments)
+            return {**verbs, "bench": _bench, "models": _models}[verb](arguments)
     except K2Error as error:
         return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
     except KeyboardInterrupt:
@@ -110,7 +112,30 @@ def _parser() -> argparse.ArgumentParser:
     for verb in ("status", "verify", "report"):
         made[verb].add_argument("run", metavar="RUN", help="the run's folder or URL: <output>/<run_id>")
     _add_bench_arguments(made["bench"])
+    _add_models_arguments(made["models"])
     return parser
+
+
+def _add_models_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    about = {
+        "inspect": "Family, sizes, formats, memory in each precision, which machines hold it; reads no weights.",
+        "check": "Compare our forward pass with reference fixtures, a line each; exits 4 on a miss.",
+        "convert": "Write the INT8 checkpoint that k2batch runs, a tensor at a time. Again = go on.",
+    }
+    made = {}
+    for action, text in about.items():
+        made[action] = actions.add_parser(action, help=text, description=text)
+        # Stands here too, so that it may follow the action; suppressed, or it would undo the one before it.
+        made[action].add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="end stdout with JSON")
+    made["inspect"].add_argument("checkpoint", metavar="URL", help="a folder, a .gguf file, or an fsspec URL of either")
+    made["check"].add_argument("folders", nargs="+", metavar="DIR", help="fixture folders, or folders of them")
+    made["convert"].add_argument("checkpoint", metavar="URL", help="a folder, a .gguf file, or an fsspec URL of either")
+    made["convert"].add_argument("target", metavar="DIR", help="a folder for the conversion")
+    made["convert"].add_argument(
+        "--int4", choices=("keep", "int8"), default="keep", help="INT4 weights: kept (default), or made INT8"
+    )
+    made["convert"].add_argument("--plain", action="store_true", help="do not balance outliers: quicker, less exact")
 
 
 def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +276,25 @@ def _bench(arguments: argparse.Namespace) -> int:
     else:
         facts = bench.engine(checkpoint, work=arguments.work, repeats=arguments.rounds or 3, **files)
     _show(arguments, facts, bench.as_text(facts))
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from jobs import models
+
+    if arguments.action == "inspect":
+        facts, text = models.inspect(arguments.checkpoint)
+        _show(arguments, facts, text)
+        return K2Error.exit_code if facts["problems"] else 0
+    if arguments.action == "check":
+        facts, equal = models.check(arguments.folders, _say if arguments.json else lambda line: print(line, flush=True))
+        if arguments.json:
+            _show(arguments, {"equal": equal, "fixtures": facts}, "")
+        return 0 if equal else K2Error.exit_code
+    facts = models.convert(
+        arguments.checkpoint, arguments.target, int4=arguments.int4, balanced=not arguments.plain, say=_say
+    )
+    _show(arguments, facts, f"{facts['folder']}: {facts['bytes'] / 1e9:,.2f} GB")
     return 0
 
 

@@ -10,10 +10,18 @@ from schemas.errors import CheckpointError, K2Error
 _REFERENCES = ("reference.safetensors", "tokenizer_reference.json", "units.safetensors", "reference.json")
 
 
+def inspect(checkpoint: str) -> tuple[dict[str, Any], str]:
+    """Return what `checkpoint` is, costs and fits on, and the same as text; no byte of a weight is read."""
+    from k2model.formats import inspect as inspecting
+
+    found = inspecting.inspect(checkpoint)
+    return asdict(found), inspecting.as_text(found)
+
+
 def check(folders: Sequence[str], say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
     """Return what each fixture's comparisons gave, and whether all were within tolerance; one line each to `say`.
 
-    A folder of fixture folders stands for all of them. A fixture that cannot be opened is a miss, and the next is tried.
+    A folder of fixture folders stands for all of them. One that cannot be opened is a miss, and the next is tried.
     """
     from k2model.check import check as compare
 

@@ -4,16 +4,21 @@ Ticket text is data: `encode` never produces a control token, whatever the text 
 given the template's own words, does. Templates are rendered in jinja's immutable sandbox.
 """
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from k2model.tiktoken import tokenizer_json
 from schemas.errors import CheckpointError
 
 
@@ -26,44 +31,49 @@ class Tokenizer:
     plain: tokenizers.Tokenizer
     """The same vocabulary and merges, with no control token to find."""
     control_ids: frozenset[int]
+    """Added tokens, special or not: what no ticket may spell."""
     stop_ids: tuple[int, ...]
-    """Tokens that end a turn, ascending."""
+    """Tokens that end a turn, ascending: named in generation_config.json or config.json, the eos token, and what the
+    template puts behind the assistant's words. Kimi-K2's config.json names one that never ends a turn."""
     chat_template: str | None
     special_tokens: Mapping[str, str]
     """`bos_token` and such, as the template may use them."""
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
-        """Return the tokenizer of the checkpoint in `folder` (tokenizer.json, tokenizer_config.json, ...).
+        """Return the tokenizer of the checkpoint in `folder` (tokenizer.json or tiktoken.model, tokenizer_config.json).
 
-        Raises: CheckpointError if tokenizer.json is missing or unreadable.
+        Raises: CheckpointError if both are missing, or unreadable.
         """
-        path = folder / "tokenizer.json"
-        if not path.exists():
+        settings = _read_json(folder / "tokenizer_config.json")
+        path, ranks = folder / "tokenizer.json", folder / "tiktoken.model"
+        if not path.exists() and not ranks.exists():
             raise CheckpointError(
-                f"{folder}: tokenizer.json is missing", remedy="put the checkpoint's tokenizer.json beside it"
+                f"{folder}: neither tokenizer.json nor tiktoken.model is there",
+                remedy="put the checkpoint's tokenizer files beside its weights",
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else tokenizer_json(ranks, settings)
             markup = tokenizers.Tokenizer.from_str(json.dumps(raw))
             # A tokenizer without added tokens has nothing to recognize in a ticket; post-processors may name them.
             plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": [], "post_processor": None}))
+        except CheckpointError:
+            raise
         except Exception as error:  # the tokenizers library raises bare Exception
             raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
         added = raw.get("added_tokens", [])
-        settings = _read_json(folder / "tokenizer_config.json")
         special = {
             name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
-        stop_ids = _stop_ids(folder, markup, special["eos_token"])
-        return cls(
+        opened = cls(
             markup=markup,
             plain=plain,
-            control_ids=frozenset(token["id"] for token in added if token.get("special")),
-            stop_ids=stop_ids,
+            control_ids=frozenset(token["id"] for token in added),
+            stop_ids=_stop_ids(folder, markup, special["eos_token"]),
             chat_template=_chat_template(folder, settings),
             special_tokens={name: text for name, text in special.items() if text is not None},
         )
+        return replace(opened, stop_ids=tuple(sorted({*opened.stop_ids, *opened._turn_end()})))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as data: a control token written in it is spelled out in plain tokens."""
@@ -98,14 +108,52 @@ class Tokenizer:
                 return self.render([first, *messages[2:]])
             raise CheckpointError(f"the checkpoint's chat template cannot be rendered: {error}") from error
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+            return json.dumps(value, ensure_ascii=False, indent=indent)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
         environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = _TODAY.strftime
+        environment.filters["tojson"] = to_json
         template = environment.from_string(self.chat_template or "")
-        return template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
+        return template.render(
+            messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
+        )
+
+    def _turn_end(self) -> list[int]:
+        """Return the token behind the assistant's words in the chat format, if it is a control token."""
+        if self.chat_template is None:
+            return []
+        words = "k2batch-words"
+        conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": words}]
+        try:
+            rendered = self._render(conversation, add_generation_prompt=False)
+        except TemplateError:
+            return []
+        _, found, behind = rendered.rpartition(words)
+        following = self.encode_markup(behind)[:1] if found else []
+        return [token_id for token_id in following if token_id in self.control_ids]
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which templates mark what is trained on: its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements between the tag and its end."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+_TODAY = datetime.date(2024, 7, 26)
+"""The date that templates print: a constant, so that a prompt is the same tomorrow. Llama 3's own default."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -132,10 +180,11 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _stop_ids(folder: Path, markup: tokenizers.Tokenizer, eos_token: str | None) -> tuple[int, ...]:
-    """Return the ids that end a turn: generation_config.json, else config.json, and the tokenizer's own eos token."""
+    """Return the ids that the files say end a turn: generation_config.json, else config.json, and the eos token's."""
     stop: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        raw = _read_json(folder / name)
+        value = raw.get("eos_token_id", (raw.get("text_config") or {}).get("eos_token_id"))
         if value is not None:
             stop.update(value if isinstance(value, list) else [value])
             break

@@ -1,12 +1,18 @@
-"""A tiny random Llama checkpoint in the Hugging Face layout, with a byte tokenizer: real files, made in a second."""
+"""Tiny random checkpoints of every family in the Hugging Face layout, with a byte tokenizer: real files, in a second."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-CONFIG = {
+from k2model.config import ModelConfig
+from k2model.formats.export import hub_name
+from k2model.parameters import Parameter, parameters
+
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
@@ -29,38 +35,106 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+_YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8, "beta_slow": 1}
+_LATENT = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "tie_word_embeddings": False,
+}
 
-def write_checkpoint(folder: Path, seed: int = 0, outlier: float = 1.0) -> Path:
-    """Write a checkpoint into `folder` and return it; `outlier` scales one channel of every norm."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "sliding_window": 7,
+        "tie_word_embeddings": False,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {**_YARN, "truncate": False},
+        "tie_word_embeddings": False,
+    },
+    "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
+    "kimi_k2": {**_LATENT, "n_group": 1, "topk_group": 1},
+}
+"""What each family's tiny config.json has of its own."""
+
+
+def config_json(family: str = "llama", **options: Any) -> dict[str, Any]:
+    """Return a tiny config.json of `family`; `options` replace its keys."""
+    return {**CONFIG, **FAMILIES[family], "model_type": family, **options}
+
+
+def write_checkpoint(
+    folder: Path, seed: int = 0, outlier: float = 1.0, family: str = "llama", **options: Any
+) -> Path:
+    """Write a checkpoint into `folder` and return it; `outlier` scales one channel of every layer's norms."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        values: torch.Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-        return values
-
-    d, ff, heads, kv_heads = 48, 96, 6, 2
-    head_dim = d // heads
-    tensors = {"model.embed_tokens.weight": random(272, d) * 4, "model.norm.weight": torch.ones(d)}
-    for index in range(2):
-        layer = f"model.layers.{index}."
-        norm = torch.ones(d)
-        norm[5] = outlier
-        tensors |= {
-            f"{layer}input_layernorm.weight": norm.clone(),
-            f"{layer}post_attention_layernorm.weight": norm.clone(),
-            f"{layer}self_attn.q_proj.weight": random(d, d),
-            f"{layer}self_attn.k_proj.weight": random(kv_heads * head_dim, d),
-            f"{layer}self_attn.v_proj.weight": random(kv_heads * head_dim, d),
-            f"{layer}self_attn.o_proj.weight": random(d, d),
-            f"{layer}mlp.gate_proj.weight": random(ff, d),
-            f"{layer}mlp.up_proj.weight": random(ff, d),
-            f"{layer}mlp.down_proj.weight": random(d, ff),
-        }
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    raw = config_json(family, **options)
+    tensors = random_tensors(raw, seed, outlier)
+    save_file({hub_name(name, family): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw))
     write_tokenizer(folder)
     return folder
+
+
+def random_tensors(raw: dict[str, Any], seed: int = 0, outlier: float = 1.0) -> dict[str, Tensor]:
+    """Return weights for config.json `raw`, under the model's own names."""
+    config = ModelConfig.from_dict(raw, "test")
+    generator = torch.Generator().manual_seed(seed)
+    stored = (p for p in parameters(config) if p.role != "head" or not config.tie_word_embeddings)
+    return {parameter.name: _draw(parameter, generator, outlier) for parameter in stored}
+
+
+def _draw(parameter: Parameter, generator: torch.Generator, outlier: float) -> Tensor:
+    """Return values at which every part of a model of unit variance shows in its logits."""
+    name, shape = parameter.name, parameter.shape
+    if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")):
+        norm = torch.ones(shape)
+        norm[5] = 1.0 if name == "model.norm.weight" else outlier
+        return norm
+    values: Tensor = torch.randn(shape, generator=generator)
+    if name.endswith("norm.weight"):
+        return 0.75 + values.sigmoid() / 2
+    if parameter.role == "vector":
+        return values * (1.0 if name.endswith("sinks") else 0.1)
+    return values / shape[-1] ** 0.5 * (4 if parameter.role == "embedding" else 1)
 
 
 def write_tokenizer(folder: Path) -> None:

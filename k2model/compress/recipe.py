@@ -3,14 +3,15 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from k2model.compress.convert import convert
+from k2model.compress.convert import Int4, convert
 from k2model.formats.checkpoint import Checkpoint, cache_folder, fingerprint, open_checkpoint
 from k2model.parameters import parameters
 from k2model.tokenizer import Tokenizer
+from schemas.errors import CheckpointError
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,6 +45,38 @@ def prepare_int8(name: str) -> Checkpoint:
     return Checkpoint(name, target)
 
 
+def convert_into(
+    name: str, folder: Path, *, int4: Int4 = "keep", balanced: bool = True, say: Callable[[str], None]
+) -> None:
+    """Write the quantized conversion of `name` into `folder`, going on with what an earlier attempt left there.
+
+    Args:
+        name: the checkpoint.
+        folder: empty, not there yet, or left by an attempt with the same arguments.
+        int4: what becomes of INT4 weights.
+        balanced: whether outliers are balanced, over the calibration texts.
+        say: told of each shard.
+
+    Raises: CheckpointError; also if `folder` holds anything else.
+    """
+    source = open_checkpoint(name)
+    made_of = {"fingerprint": fingerprint(name, "cpu"), "int4": int4, "balanced": balanced}
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / _NOTE
+    if any(folder.iterdir()) and (not note.exists() or json.loads(note.read_text(encoding="utf-8")) != made_of):
+        raise CheckpointError(
+            f"{folder} holds something else than the beginning of this conversion", remedy="give an empty folder"
+        )
+    note.write_text(json.dumps(made_of), encoding="utf-8")
+    with _alone(note):
+        copy_tokenizer(source, folder)
+        convert(source, folder, Tokenizer.open(folder) if balanced else None, int4=int4, say=say)
+
+
+_NOTE = "k2batch.json"
+"""Beside a conversion: what it is made of."""
+
+
 def is_quantized(source: Checkpoint) -> bool:
     """Return whether every decoder linear is stored as INT8 or INT4 already. Raises: CheckpointError."""
     weights = source.weights()
@@ -69,6 +102,6 @@ def copy_tokenizer(source: Checkpoint, folder: Path) -> None:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Hold the lock file; the system lets go of it when this process dies."""
-    with lock.open("w") as file:
+    with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -20,8 +20,6 @@ from k2model.parameters import parameters
 from schemas.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from k2model.formats.weights import Weights
 
 DEFAULT_CHECKPOINT = "smollm2-135m-instruct"
@@ -62,11 +60,6 @@ class Checkpoint:
         Raises: CheckpointError for files that are missing, truncated, pickled, or quantized as is not read.
         """
         return open_weights(*self._place())
-
-    def tensors(self) -> "dict[str, Tensor]":
-        """Return every weight of the decoder, as stored; from GGUF, expanded to float32."""
-        weights = self.weights()
-        return {name: weights.read(name) for name in weights.infos}
 
     def files(self) -> list[Path]:
         """Return the files that make up the checkpoint, sorted by name."""

@@ -50,7 +50,7 @@ class Folder:
                 with (Path(self.root) / file).open("rb") as opened:
                     opened.seek(start)
                     data = opened.read(stop - start)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each store has its own kinds of error
             raise CheckpointError(f"{self.where}: {file} cannot be read: {error}") from error
         if len(data) != stop - start:
             raise self.truncated(file)
@@ -85,7 +85,7 @@ class Folder:
         """Copy `file` to `target` on this machine. Raises: CheckpointError if it cannot be read whole."""
         try:
             self.fs.get_file(f"{self.root}/{file}", str(target))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each store has its own kinds of error
             raise CheckpointError(f"{self.where}: {file} cannot be read: {error}") from error
         if target.stat().st_size != self.sizes[file]:
             raise self.truncated(file)
@@ -151,7 +151,7 @@ def remote_folder(url: str) -> Folder:
         for file, entry in files.items():
             if entry.get("size") is None:  # a web server's listing
                 files[file] = fs.info(entry["name"])
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each store has its own kinds of error
         raise CheckpointError(
             f'checkpoint "{url}" cannot be listed: {error}', remedy="check the URL and your credentials"
         ) from error

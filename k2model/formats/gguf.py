@@ -19,6 +19,7 @@ from k2model.formats.gguf_config import config_of
 from k2model.formats.gguf_file import GgufFile, read_gguf
 from k2model.formats.names import Readable
 from k2model.formats.weights import TensorInfo, Weights
+from k2model.pretokenizers import BYTE_LEVEL, pre_tokenizer
 from schemas.errors import CheckpointError
 
 _NAMES = {
@@ -50,9 +51,6 @@ _NAMES = {
 }
 _WHOLE = {"attn_sinks.weight": "self_attn.sinks", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
 _STACKED = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-
-_SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r")
-"""Pre-tokenizers that split digits one by one before the byte-level regex. Source: llama.cpp llama-vocab.cpp."""
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Token types of the GGUF specification."""
@@ -156,15 +154,14 @@ def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises: CheckpointError for another tokenizer model, or a pre-tokenizer this version does not know.
     """
     fields = _open(path).fields
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if model != "gpt2" or pre not in (*_SPLIT_DIGITS, "gpt-2", "default"):
+    model = fields.get("tokenizer.ggml.model")
+    if model != "gpt2":
         raise CheckpointError(
-            f'{path}: tokenizer model "{model}" with pre-tokenizer "{pre}" is not read from GGUF by this version',
+            f'{path}: the tokenizer model "{model}" is not read from GGUF, only byte-level BPE ("gpt2")',
             remedy="use the safetensors checkpoint, which has a tokenizer.json",
         )
+    splits, whole_pieces_first = pre_tokenizer(fields.get("tokenizer.ggml.pre", "default"), str(path))
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
     added = [
         {
             "id": i, "content": tokens[i], "special": kind == _CONTROL, "normalized": False,
@@ -179,11 +176,9 @@ def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}
-        if pre in _SPLIT_DIGITS
-        else byte_level,
+        "pre_tokenizer": splits,
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -192,6 +187,7 @@ def read_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
+            "ignore_merges": whole_pieces_first,
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": fields["tokenizer.ggml.merges"],
         },

@@ -5,7 +5,6 @@ fields mean. A field whose meaning is not computed here is refused by name.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,8 +258,3 @@ def _divisors(freqs: Tensor, factor: float, high: float, original: int) -> Tenso
     smooth = (turns - 1) / (high - 1)
     blended = 1 / ((1 - smooth) / factor + smooth)
     return torch.where(turns > high, 1.0, torch.where(turns < 1, factor, blended))
-
-
-def tokenizer_fields(file: GgufFile) -> Mapping[str, Any]:
-    """Return the fields of the tokenizer, by their full names."""
-    return {key: value for key, value in file.fields.items() if key.startswith("tokenizer.")}
