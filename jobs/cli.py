@@ -51,7 +51,7 @@ _ABOUT = {
     "report": "Write report.html into a finished run, and show it in short.",
     "models": "Look into a checkpoint before fetching it, compare it with reference fixtures, or convert it to INT8.",
     "doctor": "Check this machine and installation.",
-    "bench": "Measure: the INT8 layers beside bfloat16, INT8 beside float32, the engine on its peers' work.",
+    "bench": "Measure INT8 layers, what INT8 loses, the engine, a true-size K2 layer, a conversion in little memory.",
 }
 
 _INTERRUPTED = "stopped; every finished unit is kept, and running the same command again resumes"
@@ -148,7 +148,7 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("linear", "quality", "engine"), help="what to measure")
+    parser.add_argument("what", choices=("linear", "quality", "engine", "layer", "conversion"), help="what to measure")
     parser.add_argument("--checkpoint", metavar="URL", help="instead of the default model")
     parser.add_argument("--tickets", metavar="FILE", default="", help="prompts of token ids, one JSON object a line")
     parser.add_argument("--labels", metavar="FILE", default="", help="JSON object of label to token id")
@@ -264,6 +264,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.what in ("layer", "conversion"):
+        from jobs import bench_models
+
+        facts = (
+            bench_models.layer(rounds=arguments.rounds or 3) if arguments.what == "layer" else bench_models.conversion()
+        )
+        _show(arguments, facts, bench_models.as_text(facts))
+        return 0
     from jobs import bench
     from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
 

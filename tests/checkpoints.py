@@ -1,14 +1,15 @@
-"""Tiny random checkpoints of every family in the Hugging Face layout, with a byte tokenizer: real files, in a second."""
+"""Tiny random checkpoints of every family in the Hugging Face layout, with a byte tokenizer: real files."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from k2model.config import ModelConfig
+from k2model.formats.compressed_tensors import pack_int4, quantization_config
 from k2model.formats.export import hub_name
 from k2model.parameters import Parameter, parameters
 
@@ -101,9 +102,7 @@ def config_json(family: str = "llama", **options: Any) -> dict[str, Any]:
     return {**CONFIG, **FAMILIES[family], "model_type": family, **options}
 
 
-def write_checkpoint(
-    folder: Path, seed: int = 0, outlier: float = 1.0, family: str = "llama", **options: Any
-) -> Path:
+def write_checkpoint(folder: Path, seed: int = 0, outlier: float = 1.0, family: str = "llama", **options: Any) -> Path:
     """Write a checkpoint into `folder` and return it; `outlier` scales one channel of every layer's norms."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = config_json(family, **options)
@@ -111,6 +110,23 @@ def write_checkpoint(
     save_file({hub_name(name, family): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(raw))
     write_tokenizer(folder)
+    return folder
+
+
+def pack_experts(folder: Path, group_size: int = 32) -> Path:
+    """Store the routed experts of a checkpoint as INT4, as Kimi-K2-Thinking does; return the folder."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
+        weight, linear = tensors.pop(name), name.removesuffix(".weight")
+        grouped = weight.unflatten(1, (-1, group_size))
+        scale = (grouped.abs().amax(dim=-1) / 7).bfloat16()
+        int4 = torch.round(grouped / scale.float()[..., None]).clamp(-8, 7).flatten(1).to(torch.int8)
+        tensors |= {f"{linear}.weight_packed": pack_int4(int4), f"{linear}.weight_scale": scale}
+        tensors[f"{linear}.weight_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, folder / "model.safetensors")
+    section = quantization_config(["re:.*\\.experts\\..*"], group_size, all_int4=True)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": section}))
     return folder
 
 

@@ -17,6 +17,7 @@ def checkpoint(folder: Path) -> Path:
     """Make and return a folder with just enough of a checkpoint to have a fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
     return folder
 
 

@@ -1,108 +1,220 @@
-"""The decoder against reference logits computed by transformers, checkpoint by checkpoint."""
+"""The decoder of every family: packed, cached, behind a prefix and quantized, it computes one and the same function."""
 
-import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from k2model.decoder.layers import Group, Step
-from k2model.decoder.model import Decoder, causal
-from k2model.formats import compressed_tensors
-from k2model.formats.checkpoint import Checkpoint, open_checkpoint
+from k2model.compress.quantize import quantize_weight
+from k2model.config import ModelConfig
+from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
+from k2model.decoder.model import Decoder
+from k2model.decoder.step import Group, Step, causal
+from k2model.formats.compressed_tensors import pack_int4
+from k2model.formats.weights import in_memory
+from k2model.parameters import Parameter, parameters
 from schemas.errors import CheckpointError
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import FAMILIES, config_json, random_tensors
+from tests.forward import forced, packed_hidden, packed_logits
 
-FIXTURES = Path(__file__).parents[2] / "shared/fixtures"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="needs the fixtures")
-
-
-def float_decoder(checkpoint: Checkpoint) -> Decoder:
-    return Decoder.from_tensors(
-        checkpoint.config(), checkpoint.tensors(), where="test", dtype=torch.float32, kv_dtype=torch.float32
-    )
+PROMPTS = [[*range(40, 57)], [3], [*range(200, 209)], [3, 3, 9]]
 
 
-@torch.inference_mode()
-def ragged_logits(decoder: Decoder, reference: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return [sum T, V]: all ragged sequences packed into one step."""
-    cu = reference["ragged.cu_seqlens"].tolist()
-    lengths = [end - start for start, end in itertools.pairwise(cu)]
-    groups = [Group(1, length, causal(length, 0)) for length in lengths]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return decoder.logits(decoder.forward(Step(reference["ragged.input_ids"], positions, groups)))
+def decoder_of(raw: dict[str, Any], tensors: dict[str, Tensor], **options: Any) -> Decoder:
+    options = {"dtype": torch.float32, "expand": True, **options}
+    return Decoder.from_weights(ModelConfig.from_dict(raw, "test"), in_memory(tensors, "test"), **options)
 
 
-@needs_fixtures
-@pytest.mark.parametrize("name", ["llama", "smollm2", "llama3_rope"])
-def test_float_logits_are_the_reference(name: str) -> None:
-    reference = load_file(FIXTURES / name / "reference.safetensors")
-    decoder = float_decoder(open_checkpoint(str(FIXTURES / name)))
-    tolerance = json.loads((FIXTURES / name / "meta.json").read_text())["tolerance_fp32"]
-    torch.testing.assert_close(ragged_logits(decoder, reference), reference["ragged.logits"], rtol=0, atol=tolerance)
+@pytest.fixture(scope="module")
+def decoders() -> dict[str, Decoder]:
+    return {family: decoder_of(config_json(family), random_tensors(config_json(family))) for family in FAMILIES}
 
 
-@needs_fixtures
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0"])
-def test_gguf_logits_are_the_reference(kind: str) -> None:
-    reference = load_file(FIXTURES / "llama_gguf" / "reference.safetensors")
-    decoder = float_decoder(open_checkpoint(str(FIXTURES / "llama_gguf" / f"model-{kind}.gguf")))
-    torch.testing.assert_close(ragged_logits(decoder, reference), reference[f"ragged.logits.{kind}"], rtol=0, atol=2e-4)
+def linears(raw: dict[str, Any]) -> list[Parameter]:
+    return [parameter for parameter in parameters(ModelConfig.from_dict(raw, "test")) if parameter.is_linear]
 
 
-@needs_fixtures
-def test_w8a8_logits_are_the_reference() -> None:
-    """The rule for quantized activations: nearer to the scheme's own reference than the scheme is to float."""
-    reference = load_file(FIXTURES / "llama_w8a8" / "reference.safetensors")
-    checkpoint = open_checkpoint(str(FIXTURES / "llama_w8a8"))
-    assert compressed_tensors.is_w8a8(checkpoint.config_json(), "test")
-    got = ragged_logits(float_decoder(checkpoint), reference)
-    variant = reference["ragged.logits.act_int8_vllm127"]
-    error = (got - variant).abs()
-    assert error.mean() <= 0.3 * (variant - reference["ragged.logits"]).abs().mean()
-    assert (error.amax(dim=1) <= 0.05).float().mean() >= 0.9
+def as_w8a8(raw: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` with every linear of the layers as int8 and its scale."""
+    made = dict(tensors)
+    for parameter in linears(raw):
+        weight, scale = quantize_weight(tensors[parameter.name])
+        made |= {parameter.name: weight, f"{parameter.name}_scale": scale}
+    return made
 
 
-@needs_fixtures
-def test_cached_decoding_is_the_reference() -> None:
-    reference = load_file(FIXTURES / "llama" / "reference.safetensors")
-    decoder = float_decoder(open_checkpoint(str(FIXTURES / "llama")))
-    cu = reference["ragged.cu_seqlens"].tolist()
-    ids = reference["ragged.input_ids"][cu[0] : cu[1]]
-    cache = decoder.allocate(1, len(ids) + 10)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_are_each_sequence_alone(decoders: dict[str, Decoder], family: str) -> None:
+    decoder = decoders[family]
     with torch.inference_mode():
-        group = Group(1, len(ids), causal(len(ids), 0), cache=cache)
-        hidden = decoder.forward(Step(ids, torch.arange(len(ids)), [group]))
-        for step, token in enumerate(reference["greedy.tokens"][0].tolist()):
-            logits = decoder.logits(hidden[-1:])[0]
-            torch.testing.assert_close(logits, reference["greedy.logits"][0, step], rtol=0, atol=2e-4)
-            assert logits.argmax() == token
-            group = Group(1, 1, causal(1, cache.length), cache=cache)
-            hidden = decoder.forward(Step(torch.tensor([token]), torch.tensor([cache.length]), [group]))
-
-
-@pytest.mark.parametrize("split", [1, 4, 11])
-def test_a_shared_prefix_gives_what_the_whole_prompt_gives(tmp_path: Path, split: int) -> None:
-    decoder = float_decoder(open_checkpoint(str(write_checkpoint(tmp_path))))
-    ids = list(range(40, 52))
+        alone = torch.cat([decoder.forward_one(ids) for ids in PROMPTS])
+    torch.testing.assert_close(packed_hidden(decoder, PROMPTS), alone, rtol=0, atol=2e-5)
+    together = Group(2, 17, causal(17, 0))
     with torch.inference_mode():
-        whole = decoder.forward_one(ids)
-        prefix = decoder.allocate(1, split)
-        group = Group(1, split, causal(split, 0), cache=prefix)
-        decoder.forward(Step(torch.tensor(ids[:split]), torch.arange(split), [group]))
-        rest = Group(1, 12 - split, causal(12 - split, split), prefix=prefix)
-        tail = decoder.forward(Step(torch.tensor(ids[split:]), torch.arange(split, 12), [rest]))
-    torch.testing.assert_close(tail, whole[split:], rtol=0, atol=2e-5)
+        twice = decoder.forward(Step(torch.tensor(PROMPTS[0] * 2), torch.arange(17).repeat(2), [together]))
+    torch.testing.assert_close(twice, alone[:17].repeat(2, 1), rtol=0, atol=2e-5)
 
 
-def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path)))
-    tensors = checkpoint.tensors()
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        Decoder.from_tensors(checkpoint.config(), tensors, where="x", dtype=torch.float32, kv_dtype=torch.float32)
-    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight is \(3, 3\), expected \(96, 48\)"):
-        Decoder.from_tensors(checkpoint.config(), tensors, where="x", dtype=torch.float32, kv_dtype=torch.float32)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_with_a_cache_is_reading_the_whole(decoders: dict[str, Decoder], family: str) -> None:
+    answers = [[7, 8, 100, 9, 40], [1, 2, 3, 4, 5], [0, 0, 0, 0, 0], [9, 9, 3, 3, 3]]
+    got = forced(decoders[family], PROMPTS, answers)
+    for ids, answer, logits in zip(PROMPTS, answers, got, strict=True):
+        whole = packed_logits(decoders[family], [ids + answer[:-1]])
+        torch.testing.assert_close(logits, whole[-len(answer) :], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("split", [1, 4, 16])
+def test_a_shared_prefix_gives_what_the_whole_prompt_gives(
+    decoders: dict[str, Decoder], family: str, split: int
+) -> None:
+    """Three sequences behind one prefix, then a token more of each from the cache that took the prefix over."""
+    decoder, length = decoders[family], 17
+    tails = [PROMPTS[0][split:], [5] * (length - split), list(range(90, 90 + length - split))]
+    with torch.inference_mode():
+        whole = [decoder.forward_one([*PROMPTS[0][:split], *tail, 11]) for tail in tails]
+        prefix, cache = decoder.allocate(1, split), decoder.allocate(3, length + 1)
+        first = Group(1, split, causal(split, 0), cache=prefix)
+        decoder.forward(Step(torch.tensor(PROMPTS[0][:split]), torch.arange(split), [first]))
+        rest = Group(3, length - split, causal(length - split, split), prefix=prefix, cache=cache)
+        positions = torch.arange(split, length).repeat(3)
+        hidden = decoder.forward(Step(torch.tensor(tails).view(-1), positions, [rest]))
+        last = Group(3, 1, causal(1, length), cache=cache)
+        after = decoder.forward(Step(torch.tensor([11] * 3), torch.tensor([length] * 3), [last]))
+    assert (prefix.length, cache.length) == (split, length + 1)
+    torch.testing.assert_close(hidden, torch.cat([w[split:length] for w in whole]), rtol=0, atol=3e-5)
+    torch.testing.assert_close(after, torch.stack([w[-1] for w in whole]), rtol=0, atol=3e-5)
+
+
+def test_a_cache_that_loses_sequences_keeps_the_others(decoders: dict[str, Decoder]) -> None:
+    for family in ("llama", "deepseek_v3"):
+        decoder = decoders[family]
+        ids = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+        with torch.inference_mode():
+            cache = decoder.allocate(3, 4)
+            decoder.forward(Step(ids.view(-1), torch.arange(3).repeat(3), [Group(3, 3, causal(3, 0), cache=cache)]))
+            cache.keep(torch.tensor([0, 2]))
+            step = Step(torch.tensor([10, 11]), torch.tensor([3, 3]), [Group(2, 1, causal(1, 3), cache=cache)])
+            hidden = decoder.forward(step)
+            expected = torch.stack([decoder.forward_one([1, 2, 3, 10])[-1], decoder.forward_one([7, 8, 9, 11])[-1]])
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=3e-5)
+
+
+def test_the_latent_cache_is_one_row_a_token() -> None:
+    raw = config_json("deepseek_v3")
+    cache = decoder_of(raw, random_tensors(raw)).allocate(2, 10)
+    assert [tuple(layer.shape) for layer in cache.layers] == [(2, 1, 10, 32 + 8)] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_int8_network_is_its_fake_quantized_twin(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT8 linears against float ones whose weights and inputs went through int8 and back."""
+    raw = config_json(family)
+    tensors = as_w8a8(raw, random_tensors(raw))
+    stored = decoder_of(raw, tensors, expand=False)
+    expanded = decoder_of(raw, tensors)
+    plain = packed_logits(expanded, PROMPTS)
+    call = FloatLinear.__call__
+
+    def fake_quantized(self: FloatLinear, x: Tensor) -> Tensor:
+        scale = x.abs().amax(dim=1, keepdim=True) / 127
+        scale = torch.where(scale == 0, 1.0, scale)
+        return call(self, torch.round(x / scale) * scale)
+
+    monkeypatch.setattr(FloatLinear, "__call__", fake_quantized)
+    twin = packed_logits(expanded, PROMPTS)
+    got = packed_logits(stored, PROMPTS)
+    assert (got - twin).abs().mean() < 1e-4
+    assert (plain - twin).abs().mean() > 5e-3
+
+
+def test_linears_compute_as_they_are_stored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    int4 = torch.randint(-8, 8, (48, 64), dtype=torch.int8, generator=generator)
+    scale = torch.rand(48, 2, generator=generator).bfloat16()
+    float_weight = torch.randn(48, 64, generator=generator)
+    int8, int8_scale = quantize_weight(float_weight)
+    tensors = {
+        "a.weight": float_weight, "b.weight": int8, "b.weight_scale": int8_scale, "c.weight_packed": pack_int4(int4),
+        "c.weight_scale": scale, "c.weight_shape": torch.tensor([48, 64]), "c.bias": torch.arange(48.0),
+        "b.bias": torch.arange(48.0) / 7,
+    }  # fmt: skip
+    reader = LinearReader(in_memory(tensors, "test"), torch.float32, expand=False)
+    x = torch.randn(5, 64, generator=generator)
+    a, b, c = (reader.read([(name, 48)], 64, bias=name != "a") for name in "abc")
+    assert [type(linear) for linear in (a, b, c)] == [FloatLinear, Int8Linear, Int4Linear]
+    expanded = LinearReader(in_memory(tensors, "test"), torch.float32, expand=True)
+    for name, linear in zip("abc", (a, b, c), strict=True):
+        exact = expanded.read([(name, 48)], 64, bias=name != "a")
+        assert isinstance(exact, FloatLinear)
+        torch.testing.assert_close(linear(x), exact(x), rtol=0.02, atol=0.5)
+        order = torch.randperm(48, generator=generator)
+        shuffled = reader.read([(name, 48)], 64, bias=name != "a", rows=order)
+        assert torch.equal(shuffled(x), linear(x)[:, order])
+    mixed = reader.read([("a", 48), ("b", 48)], 64, bias=[False, True])
+    assert isinstance(mixed, FloatLinear)
+    joined = torch.cat([float_weight, int8.float() * int8_scale])
+    bias = torch.cat([torch.zeros(48), tensors["b.bias"]])
+    torch.testing.assert_close(mixed(x), x @ joined.t() + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_the_output_embedding_is_the_input_one_only_when_none_is_stored() -> None:
+    raw = config_json("llama")
+    tensors = random_tensors(raw)
+    assert torch.equal(decoder_of(raw, tensors).lm_head, tensors["model.embed_tokens.weight"])
+    head = torch.randn(272, 48)
+    assert torch.equal(decoder_of(raw, {**tensors, "lm_head.weight": head}).lm_head, head)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        decoder_of({**raw, "tie_word_embeddings": False}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight"),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
+        ("mixtral", "model.layers.1.mlp.experts.4.down_proj.weight"),
+        ("gpt_oss", "model.layers.1.self_attn.sinks"),
+        ("gpt_oss", "model.layers.0.mlp.experts.3.gate_proj.bias"),
+        ("deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("deepseek_v3", "model.layers.1.mlp.shared_experts.up_proj.weight"),
+        ("kimi_k2", "model.layers.1.self_attn.kv_a_layernorm.weight"),
+    ],
+)
+def test_a_missing_misshapen_or_foreign_tensor_is_named(family: str, name: str) -> None:
+    raw = config_json(family)
+    tensors = random_tensors(raw)
+    right = tensors.pop(name)
+    with pytest.raises(CheckpointError, match=rf"{name} is missing".replace(".", r"\.")):
+        decoder_of(raw, tensors)
+    wrong = torch.zeros(3, 3)
+    with pytest.raises(CheckpointError, match=rf"{name} is \(3, 3\), expected".replace(".", r"\.")):
+        decoder_of(raw, {**tensors, name: wrong})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.g_proj\.weight is not part of the model"):
+        decoder_of(raw, {**tensors, name: right, "model.layers.0.self_attn.g_proj.weight": wrong})
+    if "proj" in name and name.endswith("weight"):
+        with pytest.raises(CheckpointError, match=rf"{name} has dtype I32".replace(".", r"\.")):
+            decoder_of(raw, {**tensors, name: right.to(torch.int32)})
+
+
+def test_a_file_is_named_in_the_error(tmp_path: Path) -> None:
+    from k2model.formats.checkpoint import open_checkpoint
+    from tests.checkpoints import write_checkpoint
+
+    folder = write_checkpoint(tmp_path / "broken", family="qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    source = open_checkpoint(str(folder))
+    with pytest.raises(CheckpointError, match=r"broken: .*experts\.2\.up_proj\.weight is missing"):
+        Decoder.from_weights(source.config(), source.weights())
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "num_experts": 5}))
+    with pytest.raises(CheckpointError, match=r"experts\.5\.gate_proj\.weight is not part of the model"):
+        Decoder.from_weights(source.config(), source.weights())

@@ -14,6 +14,7 @@ from k2model.engine.request import Candidate, Completion, Request
 from k2model.engine.scheduler import Scheduler, Sequence, Submission
 from k2model.formats.checkpoint import fingerprint
 from schemas.errors import K2Error
+from tests.checkpoints import pack_experts, write_checkpoint
 
 CANDIDATES = (Candidate((10, 11, 12), 3), Candidate((10, 11, 13), 2), Candidate((20,), 1), Candidate((10, 30), 2))
 
@@ -23,6 +24,18 @@ def engine(checkpoint: str) -> Iterator[Engine]:
     opened = Engine.open(checkpoint)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "kimi_k2 in INT4"])
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return a checkpoint of each kind of attention and of experts."""
+    family, _, packed = request.param.partition(" in ")
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32} if packed else {}
+    root = tmp_path_factory.mktemp(family)
+    folder = write_checkpoint(root / "source", family=family, **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("K2BATCH_CACHE", str(root / "cache"))
+        yield str(pack_experts(folder) if packed else folder)
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -40,6 +53,14 @@ def generating(prompt: tuple[int, ...]) -> Request:
     return Request(prompt_ids=prompt, num_prefix_tokens=9, max_tokens=6, stop_ids=(257,))
 
 
+@torch.inference_mode()
+def written_out(decoder: Decoder, prompt: tuple[int, ...], candidate: Candidate) -> float:
+    """Return the log-probability of `candidate` after `prompt`, read as one sequence."""
+    ids = [*prompt, *candidate.token_ids]
+    every = torch.log_softmax(decoder.logits(decoder.forward_one(ids)), dim=-1)
+    return sum(every[i - 1, ids[i]].item() for i in range(len(ids) - candidate.num_scored, len(ids)))
+
+
 def test_the_tree_shares_beginnings_and_asks_each_question_once() -> None:
     tree = candidate_tree(CANDIDATES)
     assert tree.token_ids == (10, 11)
@@ -55,14 +76,9 @@ def test_the_tree_shares_beginnings_and_asks_each_question_once() -> None:
 def test_logprobs_are_those_of_the_candidates_written_out(engine: Engine) -> None:
     """The tree in one pass against each candidate as a prompt of its own."""
     requests = [scoring(prompt) for prompt in prompts(5)]
-    decoder = engine.decoder
     for request, completion in zip(requests, engine.submit(requests).result(), strict=True):
         for candidate, logprob in zip(CANDIDATES, completion.logprobs, strict=True):
-            ids = [*request.prompt_ids, *candidate.token_ids]
-            with torch.inference_mode():
-                every = torch.log_softmax(decoder.logits(decoder.forward_one(ids)), dim=-1)
-            first = len(ids) - candidate.num_scored
-            expected = sum(every[i - 1, ids[i]].item() for i in range(first, len(ids)))
+            expected = written_out(engine.decoder, request.prompt_ids, candidate)
             assert logprob == pytest.approx(expected, abs=0.15)  # a bfloat16 head against itself, up to three tokens
 
 
@@ -81,6 +97,37 @@ def test_generation_is_greedy_decoding_one_token_at_a_time(checkpoint: str) -> N
         assert list(completion.token_ids) == ids[len(request.prompt_ids) :]
         assert completion.finish_reason == ("length" if len(completion.token_ids) == 6 else "stop")
     reference.close()
+
+
+def test_families_score_as_written_out_and_decode_as_read_again(family_folder: str) -> None:
+    """Trees, prefixes and caches of every kind of attention, against whole sequences, all in float32."""
+    decoder, tokenizer = load(family_folder, "float32")
+    engine = Engine(decoder, tokenizer, "test")
+    for prompt in prompts(4):
+        scored, generated = engine.submit([scoring(prompt), generating(prompt)]).result()
+        for candidate, logprob in zip(CANDIDATES, scored.logprobs, strict=True):
+            assert logprob == pytest.approx(written_out(decoder, prompt, candidate), abs=1e-3)
+        with torch.inference_mode():
+            logits = decoder.logits(decoder.forward_one([*prompt, *generated.token_ids]))
+        best = logits[len(prompt) - 1 :].argmax(dim=-1).tolist()
+        assert list(generated.token_ids) == best[: len(generated.token_ids)]
+    engine.close()
+
+
+def test_same_request_same_bits_in_every_family(family_folder: str) -> None:
+    """Scoring and generating in one submission, in others, in another order, on one thread and on two."""
+    engine, threads = Engine.open(family_folder), torch.get_num_threads()
+    requests = [make(prompt) for prompt in prompts(40) for make in (scoring, generating)]
+    together = engine.submit(requests).result()
+    assert [engine.submit([request]).result()[0] for request in requests[:12]] == together[:12]
+    assert [c for i in range(0, 70, 7) for c in engine.submit(requests[i : i + 7]).result()] == together[:70]
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert engine.submit(requests[::-1]).result()[::-1] == together
+    finally:
+        torch.set_num_threads(threads)
+        engine.close()
 
 
 @pytest.mark.parametrize("make", [scoring, generating])
@@ -186,8 +233,8 @@ def test_key_value_room_bounds_what_decodes_together() -> None:
 
 def test_the_conversion_is_made_once_and_opens_as_w8a8(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = prepare_int8(checkpoint)
-    assert {t.dtype for n, t in converted.tensors().items() if n.endswith("_proj.weight")} == {torch.int8}
-    monkeypatch.setattr("k2model.compress.recipe.write_int8", lambda *_: pytest.fail("converted twice"))
+    assert {info.dtype for n, info in converted.weights().infos.items() if n.endswith("_proj.weight")} == {"I8"}
+    monkeypatch.setattr("k2model.compress.recipe.convert", lambda *_: pytest.fail("converted twice"))
     assert prepare_int8(checkpoint) == converted
     assert prepare_int8(str(converted.path)).path == converted.path
     assert fingerprint(checkpoint, "cpu") in str(converted.path)

@@ -26,7 +26,10 @@ E, D, F = 3, 64, 32
         ("model.language_model.layers.1.input_layernorm.weight", "model.layers.1.input_layernorm.weight"),
         ("model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight"),
         ("model.layers.0.block_sparse_moe.experts.7.w1.weight", "model.layers.0.mlp.experts.7.gate_proj.weight"),
-        ("model.layers.0.block_sparse_moe.experts.7.w3.weight_scale", "model.layers.0.mlp.experts.7.up_proj.weight_scale"),
+        (
+            "model.layers.0.block_sparse_moe.experts.7.w3.weight_scale",
+            "model.layers.0.mlp.experts.7.up_proj.weight_scale",
+        ),
         ("model.layers.0.block_sparse_moe.experts.7.w2.weight", "model.layers.0.mlp.experts.7.down_proj.weight"),
         ("model.layers.0.mlp.router.bias", "model.layers.0.mlp.gate.bias"),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
@@ -50,7 +53,7 @@ def written(folder: Path, tensors: dict[str, Tensor], family: str) -> dict[str, 
 
 def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
     tensors = {"model.norm.weight": torch.ones(2), "language_model.model.norm.weight": torch.ones(2)}
-    with pytest.raises(CheckpointError, match="two tensors are both model.norm.weight"):
+    with pytest.raises(CheckpointError, match=r"two tensors are both model\.norm\.weight"):
         written(tmp_path, tensors, "llama")
 
 

@@ -60,7 +60,13 @@ def test_the_numbers_are_those_of_the_config() -> None:
 
 
 def test_what_we_write_is_read() -> None:
-    assert read_scheme({"quantization_config": quantization_config()}, "here") == Scheme()
+    for int4_targets, all_int4, expected in (
+        ([], False, Scheme()),
+        (["re:.*experts.*"], False, Scheme(int4_group_size=16)),
+        (["Linear"], True, Scheme(int4_group_size=16)),
+    ):
+        section = quantization_config(int4_targets, 16, all_int4=all_int4)
+        assert read_scheme({"quantization_config": section}, "here") == expected
 
 
 @pytest.mark.parametrize(

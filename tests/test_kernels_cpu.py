@@ -103,6 +103,97 @@ def test_rope_and_swiglu_are_their_twins() -> None:
     torch.testing.assert_close(cpu.swiglu(gate_up), reference.swiglu(gate_up), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("t", "n"), [(1, 1), (7, 13), (64, 160)])
+@pytest.mark.parametrize(("alpha", "limit"), [(1.702, 7.0), (1.0, 0.5)])
+def test_clamped_swiglu_is_its_twin(t: int, n: int, alpha: float, limit: float) -> None:
+    gate_up = torch.randn(t, 2 * n) * 10
+    gate_up.view(-1)[:2] = torch.tensor([-1e30, limit])
+    gate_up[0, n] = 3e38
+    got = cpu.clamped_swiglu(gate_up, alpha, limit)
+    torch.testing.assert_close(got, reference.clamped_swiglu(gate_up, alpha, limit), rtol=2e-6, atol=1e-6)
+    assert got.abs().max() <= limit * (limit + 1)
+    both = torch.full((1, 2), 1e9)  # gate at its upper clamp, up at its upper clamp
+    exact = (limit + 1) * limit * torch.sigmoid(torch.tensor(alpha * limit)).item()
+    assert cpu.clamped_swiglu(both, alpha, limit).item() == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "k", "n"), [((1,), 1, 1), ((17,), 63, 5), ((33,), 576, 12), ((3, 16), 20, 7), ((2, 19), 128, 40)]
+)
+def test_row_matmul_is_its_twin(x_shape: tuple[int, ...], k: int, n: int) -> None:
+    x, weight = torch.randn(*x_shape, k), torch.randn(*x_shape[:-1], k, n)
+    torch.testing.assert_close(cpu.row_matmul(x, weight), reference.row_matmul(x, weight), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "groups", "kept"),
+    [
+        (1, 1, 1, 1),
+        (7, 3, 1, 1),
+        (7, 7, 1, 1),
+        (24, 5, 8, 3),
+        (12, 1, 2, 1),
+        (6, 2, 6, 4),
+        (16, 4, 4, 4),
+        (384, 8, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_choose_experts_is_its_twin(experts: int, chosen: int, groups: int, kept: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    scores = torch.rand(67, experts, generator=generator)
+    scores[1], scores[2], scores[3] = 0.5, -scores[2], scores[3] * 1e-30
+    bias = torch.randn(experts, generator=generator) if biased else None
+    got = cpu.choose_experts(scores, bias, chosen, groups, kept)
+    assert torch.equal(got, reference.choose_experts(scores, bias, chosen, groups, kept))
+    assert got.dtype == torch.int64
+    assert got.shape == (67, chosen)
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2), (8, 5)])
+def test_of_equal_experts_and_groups_the_lower_is_chosen(groups: int, kept: int) -> None:
+    scores = torch.randint(0, 3, (200, 16), generator=torch.Generator().manual_seed(2)).float()
+    bias = torch.tensor([0.0, 1.0] * 8)
+    for correction in (None, bias):
+        got = cpu.choose_experts(scores, correction, 4, groups, kept)
+        assert torch.equal(got, reference.choose_experts(scores, correction, 4, groups, kept))
+    assert cpu.choose_experts(torch.zeros(2, 16), None, 4, groups, kept).tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_a_dropped_group_is_out_even_when_all_scores_are_negative() -> None:
+    scores = torch.tensor([[-1.0, -1.0, -5.0, -0.9]])  # the second group has the best expert and the worse sum
+    assert cpu.choose_experts(scores, None, 2, 2, 1).tolist() == [[0, 1]]
+
+
+def int4_case(t: int, k: int, n: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return activations and scales that bfloat16 holds exactly, and weights."""
+    generator = torch.Generator().manual_seed(k + n)
+    x = torch.randn(t, k, generator=generator)
+    x[:, k // 2] *= 60
+    weight = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
+    scale = torch.rand(n, k // group_size, generator=generator) * 0.02 + 0.001
+    return x.bfloat16().float(), weight, scale.bfloat16().float()
+
+
+@pytest.mark.parametrize("group_size", cpu.INT4_GROUP_SIZES)
+@pytest.mark.parametrize(("t", "groups", "n"), [(1, 1, 16), (7, 3, 48), (33, 2, 208), (130, 1, 64)])
+def test_int4_linear_is_its_twin(t: int, groups: int, n: int, group_size: int) -> None:
+    x, weight, scale = int4_case(t, groups * group_size, n, group_size)
+    got = cpu.int4_linear(x, *cpu.int4_pack(weight, scale), group_size)
+    expected = reference.int4_linear(x, weight, scale)
+    # The result is rounded to bfloat16, each weight times its scale too: 2**-9 of what is summed.
+    reach = reference.int4_linear(x.abs(), weight.abs(), scale)
+    assert ((got - expected).abs() <= 2**-8 * expected.abs() + 2**-9 * reach + 1e-6).all()
+    assert got.dtype == torch.float32
+
+
+def test_int4_linear_tells_every_weight_and_every_group_apart() -> None:
+    weight = (torch.arange(16 * 64) % 16 - 8).view(16, 64).to(torch.int8)
+    scale = torch.tensor([[1.0, 2.0]]) * 2.0 ** torch.arange(-8, 8)[:, None]
+    got = cpu.int4_linear(torch.eye(64), *cpu.int4_pack(weight, scale), 32)
+    assert torch.equal(got, (weight.float() * scale.repeat_interleave(32, dim=1)).t())
+
+
 @pytest.mark.parametrize(
     ("b", "h", "g", "length", "keys"), [(1, 1, 1, 1, 1), (2, 6, 2, 5, 12), (3, 4, 4, 1, 7), (1, 9, 3, 17, 17)]
 )
@@ -118,11 +209,49 @@ def test_attention_is_its_twin(
     torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.35), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("h", "g", "d", "v_dim", "prefix"), [(6, 2, 12, 20, 5), (4, 4, 9, 3, 0), (5, 1, 40, 32, 11)])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_with_sinks_and_values_of_another_width_is_its_twin(
+    h: int, g: int, d: int, v_dim: int, prefix: int, with_sinks: bool
+) -> None:
+    length = 6
+    q, k, v = (
+        torch.randn(3, h, length, d),
+        torch.randn(3, g, prefix + length, d),
+        torch.randn(3, g, prefix + length, v_dim),
+    )
+    sinks = torch.randn(h) * 3 if with_sinks else None
+    visible = torch.ones(length, prefix + length, dtype=torch.bool).tril(prefix)
+    expected = reference.attention(q, k, v, visible, 0.4, sinks)
+    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.4, sinks), expected, rtol=3e-6, atol=3e-6)
+
+
+def test_a_sink_takes_its_share_and_gives_nothing() -> None:
+    q, k, v = torch.randn(2, 2, 3, 8), torch.randn(2, 1, 3, 8), torch.randn(2, 1, 3, 8)
+    visible = torch.ones(3, 3, dtype=torch.bool).tril()
+    without = cpu.attention(q, k, v, visible, 0.3)
+    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.3, torch.full((2,), -100.0)), without)
+    assert cpu.attention(q, k, v, visible, 0.3, torch.full((2,), 200.0)).abs().max() < 1e-30
+    one = cpu.attention(q, k, v, visible, 0.3, torch.tensor([-100.0, 100.0]))
+    torch.testing.assert_close(one[:, 0], without[:, 0])  # each head has its own
+    assert one[:, 1].abs().max() < 1e-30
+
+
+def test_keys_that_are_not_seen_change_no_bit() -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    visible = torch.ones(5, 12, dtype=torch.bool)
+    visible[:, [0, 3, 9]] = False
+    expected = cpu.attention(q, k, v, visible, 0.3)
+    k[:, :, [0, 3, 9]], v[:, :, [0, 3, 9]] = 1e4, -1e4
+    assert torch.equal(cpu.attention(q, k, v, visible, 0.3), expected)
+
+
 def test_attention_beyond_one_block_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(1, 2, 13, 8), torch.randn(1, 1, 13, 8), torch.randn(1, 1, 13, 8)
-    visible = torch.ones(13, 13, dtype=torch.bool).tril()
+    visible, sinks = torch.ones(13, 13, dtype=torch.bool).tril(), torch.randn(2)
     monkeypatch.setattr(cpu, "_QUERY_BLOCK", 4)
-    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.3), reference.attention(q, k, v, visible, 0.3))
+    expected = reference.attention(q, k, v, visible, 0.3, sinks)
+    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.3, sinks), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,30 +275,42 @@ def test_argmax_takes_the_lowest_of_equal_tokens() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 97])
 def test_a_row_has_the_same_bits_among_any_others(size: int, threads: int) -> None:
-    """Every kernel, the first rows of 97 against `size` of them, at SmolLM2's widths and on one or two threads."""
+    """Every kernel, 97 rows against any `size` of them, at SmolLM2's widths and on one or two threads."""
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(97, 576, generator=generator)
-    norm, head = torch.rand(576, generator=generator), torch.randn(1000, 576, generator=generator).bfloat16()
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, norm, head = random(97, 576), random(576).sigmoid(), random(1000, 576).bfloat16()
     weight = torch.randint(-127, 128, (960, 576), dtype=torch.int8, generator=generator)
     ids = torch.randint(0, 1000, (97, 4), generator=generator)
-    q = torch.randn(97, 9, 11, 64, generator=generator)
-    k, v = torch.randn(97, 3, 40, 64, generator=generator), torch.randn(97, 3, 40, 64, generator=generator)
+    q, k, v, sinks = random(97, 9, 11, 64), random(97, 3, 40, 64), random(97, 3, 40, 48), random(9)
     visible = torch.ones(11, 40, dtype=torch.bool).tril(29)
+    latent_q, latent = random(97, 16, 1, 144), random(97, 1, 40, 144)
+    router, by_head, absorbed = random(64, 576) / 24, random(97, 4, 128), random(4, 128, 96)
+    int4 = torch.randint(-8, 8, (96, 576), dtype=torch.int8, generator=generator)
+    packed = cpu.int4_pack(int4, random(96, 18).sigmoid())
 
-    def everything(n: int) -> list[Tensor]:
-        x_int8, x_scale = cpu.quantize_rows(x[:n])
+    def everything(some: Tensor) -> list[Tensor]:
+        x_int8, x_scale = cpu.quantize_rows(x[some])
+        logits = cpu.row_matmul(x[some], router.t())
         return [
             x_int8, x_scale, cpu.int8_linear(x_int8, x_scale, weight, torch.full((960,), 0.01)),
-            cpu.rms_norm(x[:n], norm, 1e-5), cpu.swiglu(x[:n]), cpu.token_logprobs(x[:n], head, ids[:n]),
-            cpu.argmax_token(x[:n], head), cpu.attention(q[:n], k[:n], v[:n], visible, 0.125),
+            cpu.rms_norm(x[some], norm, 1e-5), cpu.swiglu(x[some]), cpu.token_logprobs(x[some], head, ids[some]),
+            cpu.argmax_token(x[some], head), cpu.attention(q[some], k[some], v[some], visible, 0.125),
+            cpu.attention(q[some], k[some], v[some], visible, 0.125, sinks), cpu.clamped_swiglu(x[some], 1.702, 7.0),
+            cpu.attention(latent_q[some], latent[some], latent[some][..., :128], visible[:1], 0.1),
+            logits, cpu.choose_experts(logits, None, 6, 8, 3), cpu.int4_linear(x[some], *packed, 32),
+            cpu.row_matmul(by_head[some].transpose(0, 1), absorbed).transpose(0, 1),
         ]  # fmt: skip
 
     before = torch.get_num_threads()
-    whole = everything(97)
+    whole = everything(torch.arange(97))
     try:
         torch.set_num_threads(threads)
-        for part, all_rows in zip(everything(size), whole, strict=True):
-            assert torch.equal(part, all_rows[:size])
+        for some in (torch.arange(size), torch.randperm(97, generator=generator)[:size]):
+            for part, all_rows in zip(everything(some), whole, strict=True):
+                assert torch.equal(part, all_rows[some])
     finally:
         torch.set_num_threads(before)
 

@@ -43,8 +43,9 @@ class Strength:
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of `x` [T, K]."""
-        energy = x.square()
-        self.energy += (energy / energy.mean(dim=1, keepdim=True).clamp_min(1e-12)).sum(dim=0)
+        for block in x.split(_TOKENS_AT_ONCE):
+            energy = block.square()
+            self.energy += energy.div_(energy.mean(dim=1, keepdim=True).clamp_min_(1e-12)).sum(dim=0)
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:

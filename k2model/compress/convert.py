@@ -200,8 +200,10 @@ def _hidden_name(index: int) -> str:
 
 def _config_json(conversion: Conversion) -> dict[str, object]:
     """Return config.json of the conversion: the language model's own, which needs nobody's Python code."""
-    left_out = ("quantization_config", "compression_config", "auto_map")
+    left_out = ("quantization_config", "compression_config", "auto_map", "dtype")
     config = {k: v for k, v in text_config(conversion.source.config_json()).items() if k not in left_out}
+    if config["model_type"] == "kimi_k2":  # the same computation, under the name that needs no code of its own
+        config["model_type"] = "deepseek_v3"
     linears = [p for p in parameters(conversion.config) if p.is_linear]
     int4 = [p for p in linears if conversion.int4 == "keep" and _linear_storage(conversion, p) == "int4"]
     group_size = conversion.weights.scheme.int4_group_size

@@ -133,8 +133,9 @@ def open_weights(folder: Folder, gguf_file: str) -> "Weights":
     """
     if gguf_file:
         from k2model.formats import gguf
+        from k2model.formats.gguf_file import read_gguf
 
-        return gguf.weights(folder, gguf_file)
+        return gguf.weights(read_gguf(folder, gguf_file))
     from k2model.formats.names import readables
     from k2model.formats.quantization import check_declared, read_scheme
     from k2model.formats.weights import Weights

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from k2model.config import LatentAttentionConfig, ModelConfig
-from k2model.formats.folder import Folder, local_folder
+from k2model.formats.folder import local_folder
 from k2model.formats.gguf_config import config_of
 from k2model.formats.gguf_file import GgufFile, read_gguf
 from k2model.formats.names import Readable
@@ -61,18 +61,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return config_of(_open(path))
 
 
-def weights(folder: Folder, file: str) -> Weights:
+def weights(file: GgufFile) -> Weights:
     """Return the weights of `file` under the model's names, each expanded to float32 when asked for."""
-    opened = read_gguf(folder, file)
-    config = ModelConfig.from_dict(config_of(opened), folder.where)
+    where = file.folder.where
+    config = ModelConfig.from_dict(config_of(file), where)
     found: dict[str, Readable] = {}
-    for name in opened.tensors:
-        for made, readable in _readables(opened, config, name):
+    for name in file.tensors:
+        for made, readable in _readables(file, config, name):
             if made in found:
-                raise CheckpointError(f"{folder.where}: two tensors are both {made}; one of them is {name}")
+                raise CheckpointError(f"{where}: two tensors are both {made}; one of them is {name}")
             found[made] = readable
     infos = {name: readable.info for name, readable in found.items()}
-    return Weights(folder.where, infos, lambda name: found[name].read())
+    return Weights(where, infos, lambda name: found[name].read())
 
 
 def _open(path: Path) -> GgufFile:

@@ -5,15 +5,15 @@ Behind a URL that means a few range reads of each shard; nothing is downloaded.
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2model.config import LatentAttentionConfig, ModelConfig
-from k2model.formats.checkpoint import locate, open_weights, read_config_json, wanted_files
+from k2model.formats.checkpoint import locate, open_weights, wanted_files
 from k2model.formats.folder import Folder
-from k2model.formats.quantization import read_scheme
 from k2model.formats.shards import BYTES
 from k2model.parameters import Parameter, active_share, parameters
 from schemas.errors import CheckpointError
@@ -93,10 +93,10 @@ def inspect(name: str) -> Inspection:
     Raises: CheckpointError if there is none, or its config.json is of no model that is known here.
     """
     folder, gguf_file = locate(name)
-    raw = read_config_json(folder, gguf_file)
-    config = ModelConfig.from_dict(raw, name)
-    weights, problems = _weights(folder, gguf_file, raw, config)
-    tokenizer = _tokenizer(folder, gguf_file)
+    opened = _opened(folder, gguf_file)
+    config = ModelConfig.from_dict(opened.config_json, name)
+    weights, problems = _weights(opened, config)
+    tokenizer = opened.tokenizer
     if not tokenizer:
         problems.append(f"{name}: no tokenizer.json, no tiktoken.model")
     sizes = [parameter for parameter in parameters(config) if parameter.role != "head" or not _is_tied(config, weights)]
@@ -192,13 +192,31 @@ def _short(value: float) -> str:
     return f"{value:,.4g} {prefix}"
 
 
-def _weights(
-    folder: Folder, gguf_file: str, raw: Mapping[str, Any], config: ModelConfig
-) -> "tuple[Weights | None, list[str]]":
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    config_json: Mapping[str, Any]
+    tokenizer: str
+    weights: "Callable[[], Weights]"
+
+
+def _opened(folder: Folder, gguf_file: str) -> _Opened:
+    """Return what both kinds of checkpoint tell alike; a GGUF header, some megabytes, is read once."""
+    if gguf_file:
+        from k2model.formats import gguf
+        from k2model.formats.gguf_config import config_of
+        from k2model.formats.gguf_file import read_gguf
+
+        file = read_gguf(folder, gguf_file)
+        kind, pre = file.fields.get("tokenizer.ggml.model"), file.fields.get("tokenizer.ggml.pre", "default")
+        return _Opened(config_of(file), f"GGUF {kind}, {pre}" if kind else "", partial(gguf.weights, file))
+    tokenizer = next((file for file in ("tokenizer.json", "tiktoken.model") if file in folder.sizes), "")
+    return _Opened(folder.json("config.json"), tokenizer, partial(open_weights, folder, ""))
+
+
+def _weights(opened: _Opened, config: ModelConfig) -> "tuple[Weights | None, list[str]]":
     """Return the weights' headers, None if they cannot be read, and what is wrong with them."""
     try:
-        read_scheme(raw, folder.where)
-        weights = open_weights(folder, gguf_file)
+        weights = opened.weights()
     except CheckpointError as error:
         return None, [error.message]
     try:
@@ -210,16 +228,6 @@ def _weights(
 
 def _is_tied(config: ModelConfig, weights: "Weights | None") -> bool:
     return config.tie_word_embeddings if weights is None else weights.is_tied
-
-
-def _tokenizer(folder: Folder, gguf_file: str) -> str:
-    if gguf_file:
-        from k2model.formats.gguf_file import read_gguf
-
-        fields = read_gguf(folder, gguf_file).fields
-        kind = fields.get("tokenizer.ggml.model")
-        return f"GGUF {kind}, {fields.get('tokenizer.ggml.pre', 'default')}" if kind else ""
-    return next((file for file in ("tokenizer.json", "tiktoken.model") if file in folder.sizes), "")
 
 
 def _download_bytes(folder: Folder, gguf_file: str) -> int:

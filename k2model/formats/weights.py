@@ -155,7 +155,7 @@ class Weights:
         expected: set[str] = set()
         for parameter in parameters:
             shapes = self._stored_shapes(parameter)
-            expected |= shapes.keys()
+            expected.update(shapes)
             if parameter.role == "head" and tied and self.is_tied:
                 continue
             for name, shape in shapes.items():
