@@ -267,5 +267,5 @@ def _bfloat16_flops() -> float:
 
 
 def _read_rate() -> float:
-    words = torch.ones(2**27, dtype=torch.int32)
-    return words.nbytes / _median(lambda: words.sum(dtype=torch.int64), 5)
+    values = torch.ones(2**28)
+    return values.nbytes / _median(values.sum, 5)

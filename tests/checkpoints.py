@@ -150,7 +150,8 @@ def _draw(parameter: Parameter, generator: torch.Generator, outlier: float) -> T
         return 0.75 + values.sigmoid() / 2
     if parameter.role == "vector":
         return values * (1.0 if name.endswith("sinks") else 0.1)
-    return values / shape[-1] ** 0.5 * (4 if parameter.role == "embedding" else 1)
+    values *= (4 if parameter.role == "embedding" else 1) / shape[-1] ** 0.5
+    return values
 
 
 def write_tokenizer(folder: Path) -> None:

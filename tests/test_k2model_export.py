@@ -12,6 +12,7 @@ from torch import Tensor
 from k2model.compress import calibrate
 from k2model.compress import convert as converting
 from k2model.compress.convert import Int4, convert
+from k2model.compress.quantize import quantize_weight
 from k2model.decoder.linear import FloatLinear
 from k2model.formats.checkpoint import open_checkpoint
 from k2model.formats.weights import Weights
@@ -46,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def linears(folder: Path) -> list[tuple[str, int, int]]:
     """Return the layers' linears by the model's own names, with N and K."""
     found = [parameter for parameter in parameters(open_checkpoint(str(folder)).config()) if parameter.is_linear]
-    return [(parameter.name.removesuffix(".weight"), *parameter.shape) for parameter in found]
+    return [(p.name.removesuffix(".weight"), p.shape[0], p.shape[1]) for p in found]
 
 
 def quantized(folder: Path) -> dict[str, Tensor]:
@@ -138,13 +139,12 @@ def test_a_conversion_killed_inside_a_shard_makes_that_shard_again(
     source = write_checkpoint(tmp_path / "source", num_hidden_layers=3)
     whole = contents(converted(source, "whole"))
     calls: list[int] = []
-    real = converting.quantize_weight
 
     def dying(weight: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(1)
         if len(calls) > linear:
             raise Killed
-        return real(weight)
+        return quantize_weight(weight)
 
     with monkeypatch.context() as patch:
         patch.setattr(converting, "quantize_weight", dying)
