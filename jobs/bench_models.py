@@ -145,10 +145,11 @@ def _precision(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def conversion(limit_mb: int = 1000, times: int = 3) -> dict[str, Any]:
+def conversion(limit_mb: int = 600, times: int = 3, balanced: bool = False) -> dict[str, Any]:
     """Return the peak memory of converting a generated checkpoint `times` larger than the memory its process may have.
 
-    The limit is RLIMIT_DATA: every private page the process may write to, of libraries too.
+    The limit is RLIMIT_DATA: every private page the process may write to, of libraries too. `balanced` calibrates as
+    well, which takes minutes, and the dense part of one layer and the calibration texts' hidden states in memory.
     """
     cache_folder().mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=cache_folder()))
@@ -159,7 +160,7 @@ def conversion(limit_mb: int = 1000, times: int = 3) -> dict[str, Any]:
         code = (
             "import json, sys; from jobs.bench_models import convert_within; convert_within(*json.loads(sys.argv[1]))"
         )
-        arguments = json.dumps([str(folder / "source"), str(folder / "int8"), limit_mb * 10**6])
+        arguments = json.dumps([str(folder / "source"), str(folder / "int8"), limit_mb * 10**6, balanced])
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)
         return {
@@ -173,13 +174,13 @@ def conversion(limit_mb: int = 1000, times: int = 3) -> dict[str, Any]:
         shutil.rmtree(folder)
 
 
-def convert_within(source: str, target: str, limit: int) -> None:
+def convert_within(source: str, target: str, limit: int, balanced: bool) -> None:
     """Convert in this process with at most `limit` bytes of memory, and print what was needed."""
     from k2model.compress.recipe import convert_into
 
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     shards: list[str] = []
-    convert_into(source, Path(target), say=shards.append)
+    convert_into(source, Path(target), balanced=balanced, say=shards.append)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     written = sum(path.stat().st_size for path in Path(target).glob("*.safetensors"))
     print(json.dumps({"peak_rss_bytes": peak, "shards": len(shards), "int8_bytes": written}))

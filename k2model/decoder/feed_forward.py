@@ -14,6 +14,11 @@ from k2model.decoder.linear import Linear, LinearReader
 from kernels import cpu
 
 
+_ROWS_AT_ONCE = 512
+"""Tokens of one expert at once: beyond that its int32 products leave the cache, and a popular expert would need much
+memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class FeedForward:
     """down(activation(gate_up(x))): a dense layer, an expert, or the shared expert."""
@@ -81,10 +86,13 @@ class MixtureOfExperts:
         slots = expert_ids.view(-1).sort(stable=True).indices
         counts = torch.bincount(expert_ids.view(-1), minlength=len(self.experts)).tolist()
         for expert, mine in enumerate(slots.split(counts)):
-            if len(mine):
-                rows = mine // expert_ids.shape[1]
-                y = self.experts[expert].forward(x[rows])
-                out.index_add_(0, rows, y.mul_(expert_weights.view(-1)[mine, None]))
+            if not len(mine):
+                continue
+            feed_forward = self.experts[expert]
+            for part in mine.split(_ROWS_AT_ONCE):
+                rows = part // expert_ids.shape[1]
+                y = feed_forward.forward(x[rows])
+                out.index_add_(0, rows, y.mul_(expert_weights.view(-1)[part, None]))
         return out if self.shared is None else out.add_(self.shared.forward(x))
 
 
