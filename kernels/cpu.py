@@ -95,10 +95,20 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """Return 1 / (1 + exp(-x)).
+
+    torch.sigmoid and silu compute the last values of a tensor, and of each thread's share of it, by another formula
+    than the rest, so that on 5 threads rows of 1536 changed with their neighbours. exp does not. It takes twice the
+    time, which a forward pass does not show: 0.87 s for 512 tokens on one core, 0.90 s before.
+    """
+    return torch.neg(x).exp_().add_(1).reciprocal_()
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of gate_up [T, 2 N], as [T, N]. Source: arXiv 2002.05202."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
+    return sigmoid(gate).mul_(gate).mul_(up)
 
 
 def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -113,7 +123,7 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     gate = gate.clamp(max=limit)
-    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+    return sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
 
 
 def row_matmul(x: Tensor, weight: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """Return 1 / (1 + exp(-x))."""
+    return (1 / (1 + torch.exp(-x.double()))).float()
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of gate_up [T, 2 N], as [T, N]. Source: arXiv 2002.05202."""
     gate, up = gate_up.double().chunk(2, dim=-1)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -114,37 +115,44 @@ def test_families_score_as_written_out_and_decode_as_read_again(family_folder: s
     engine.close()
 
 
+@contextmanager
+def on_threads(engine: Engine, count: int) -> Iterator[Engine]:
+    """Yield another engine over the same weights that computes on `count` threads: those torch has when it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    other = Engine(engine.decoder, engine.tokenizer, "test")
+    try:
+        yield other
+    finally:
+        other.close()
+        torch.set_num_threads(before)
+
+
 def test_same_request_same_bits_in_every_family(family_folder: str) -> None:
-    """Scoring and generating in one submission, in others, in another order, on one thread and on two."""
-    engine, threads = Engine.open(family_folder), torch.get_num_threads()
+    """Scoring and generating in one submission, in others, in another order, on other threads."""
+    engine = Engine.open(family_folder)
     requests = [make(prompt) for prompt in prompts(40) for make in (scoring, generating)]
     together = engine.submit(requests).result()
-    assert [engine.submit([request]).result()[0] for request in requests[:12]] == together[:12]
+    assert [engine.submit([request]).result()[0] for request in requests[:24]] == together[:24]
     assert [c for i in range(0, 70, 7) for c in engine.submit(requests[i : i + 7]).result()] == together[:70]
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert engine.submit(requests[::-1]).result()[::-1] == together
-    finally:
-        torch.set_num_threads(threads)
-        engine.close()
+    for count in (1, 2, 5):
+        with on_threads(engine, count) as other:
+            assert other.submit(requests[:30][::-1]).result()[::-1] == together[:30]
+    engine.close()
 
 
 @pytest.mark.parametrize("make", [scoring, generating])
 def test_same_request_same_bits(engine: Engine, make: "type[Request]") -> None:
-    """Alone, among 7, among 500, in another order, on one thread: identical to the last bit."""
+    """Alone, among 7, among 500, in another order, on other threads: identical to the last bit."""
     requests = [make(prompt) for prompt in prompts(500)]  # type: ignore[call-arg]
     among_500 = engine.submit(requests).result()
     among_7 = [c for i in range(0, 70, 7) for c in engine.submit(requests[i : i + 7]).result()]
     assert among_7 == among_500[:70]
     assert [engine.submit([request]).result()[0] for request in requests[:20]] == among_500[:20]
     assert engine.submit(requests[::-1]).result()[::-1] == among_500
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert engine.submit(requests[:100]).result() == among_500[:100]
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        with on_threads(engine, count) as other:
+            assert other.submit(requests[:40]).result() == among_500[:40]
 
 
 def test_submissions_from_several_threads_keep_their_own_answers(engine: Engine) -> None:

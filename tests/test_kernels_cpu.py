@@ -1,5 +1,7 @@
 """Each CPU kernel against its plain twin, on ragged and extreme shapes; and the same row, the same bits."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,36 @@ def test_rope_and_swiglu_are_their_twins() -> None:
     )
     gate_up = torch.randn(7, 26) * 30
     torch.testing.assert_close(cpu.swiglu(gate_up), reference.swiglu(gate_up), rtol=1e-5, atol=1e-6)
+
+
+def test_sigmoid_is_its_twin() -> None:
+    x = torch.cat([torch.randn(1000) * 20, torch.tensor([0.0, -0.0, 1e30, -1e30, float("inf"), float("-inf"), -104.0])])
+    torch.testing.assert_close(cpu.sigmoid(x), reference.sigmoid(x), rtol=1e-6, atol=1e-37)
+    assert cpu.sigmoid(x)[-3:-1].tolist() == [1.0, 0.0]
+    assert not cpu.sigmoid(x).isnan().any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 7])
+@pytest.mark.parametrize("n", [8, 13, 288, 700, 1536])
+def test_no_activation_depends_on_its_place_in_the_tensor(n: int, threads: int) -> None:
+    """Widths that no vector divides, in tensors large enough that threads share them."""
+    generator, before = torch.Generator().manual_seed(n), torch.get_num_threads()
+    x = torch.randn(97, 2 * n, generator=generator) * 3
+    torch.set_num_threads(1)
+    kernels: list[Callable[[Tensor], Tensor]] = [
+        cpu.sigmoid,
+        cpu.swiglu,
+        partial(cpu.clamped_swiglu, alpha=1.702, limit=7.0),
+    ]
+    wholes = [kernel(x) for kernel in kernels]
+    try:
+        torch.set_num_threads(threads)
+        for size in (1, 2, 3, 11, 50, 96):
+            some = torch.randperm(97, generator=generator)[:size]
+            for kernel, whole in zip(kernels, wholes, strict=True):
+                assert torch.equal(kernel(x[some]), whole[some])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("t", "n"), [(1, 1), (7, 13), (64, 160)])

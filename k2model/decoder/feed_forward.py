@@ -13,7 +13,6 @@ from k2model.config import ModelConfig, MoeConfig
 from k2model.decoder.linear import Linear, LinearReader
 from kernels import cpu
 
-
 _ROWS_AT_ONCE = 512
 """Tokens of one expert at once: beyond that its int32 products leave the cache, and a popular expert would need much
 memory."""
@@ -56,7 +55,7 @@ class Router:
         config = self.config
         scores = logits
         if config.scoring_func != "softmax_topk":
-            scores = logits.sigmoid() if config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
+            scores = cpu.sigmoid(logits) if config.scoring_func == "sigmoid" else torch.softmax(logits, dim=-1)
         expert_ids = cpu.choose_experts(
             scores, self.correction_bias, config.num_experts_per_tok, config.n_group, config.topk_group
         )
