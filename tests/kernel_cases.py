@@ -1,0 +1,40 @@
+"""What the tests of Triton kernels share: the device they run on, outputs poisoned first, ragged inputs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""A card, or this process under Triton's interpreter."""
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return normal values, the same for a seed on every machine."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(DEVICE)
+
+
+def random_int8(*shape: int, seed: int = 0) -> Tensor:
+    """Return int8 values over their whole range, -128 too."""
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8).to(DEVICE)
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Make torch.empty return NaN, or the dtype's smallest integer, so that what a kernel does not write shows."""
+    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+
+    def poison(name: str) -> Any:
+        def make(*args: Any, **options: Any) -> Tensor:
+            out: Tensor = real[name](*args, **options)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+        return make
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(torch, name, poison(name))
+        yield
