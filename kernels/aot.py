@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of the Triton kernels for cards that are not here, and what their machine code consists of.
 
-triton.compile never touches a driver when it is given a target, and the triton wheel holds ptxas and cuobjdump. A kernel
-that was decorated under TRITON_INTERPRET=1 stays interpreted for the life of its process, so cases are compiled in
-another one:  python -m kernels.aot < cases.json
+triton.compile never touches a driver when it is given a target, and the triton wheel holds ptxas and cuobjdump. A
+kernel that was decorated under TRITON_INTERPRET=1 stays interpreted for the life of its process, so cases are compiled
+in another one:  python -m kernels.aot < cases.json
 """
 
 import json
@@ -52,7 +52,7 @@ class MachineCode:
     """Of a thread; above 0, registers spill."""
     shared_bytes: int
     instructions: Mapping[str, int]
-    """Opcode, without its modifiers, to how often it stands in the code: IGMMA, HGMMA, IMMA, HMMA, UTMALDG, LDGSTS, LDL, ..."""
+    """Opcode, without its modifiers, to how often it stands in the code: IGMMA, HMMA, UTMALDG, LDGSTS, LDL, ..."""
 
     def faults(self, capability: int, *needed: str) -> list[str]:
         """Return what is wrong with this code: `needed` opcodes that are missing, spills, too much shared memory."""
