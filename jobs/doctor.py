@@ -146,12 +146,12 @@ def processor() -> Check:
 
 
 def int8() -> Check:
-    """Return whether the processor's INT8 product is exact, as the same bits everywhere demand."""
-    from kernels.cpu import int8_is_exact
+    """Return whether the processor's INT8 product is exact and fast."""
+    from kernels.cpu import has_int8_product
 
-    if int8_is_exact():
+    if has_int8_product():
         return Check(name="int8", state="ok", message="exact in int32 through oneDNN")
-    message = "oneDNN's int8 product overflows here, so sums go through float32: the same bits, but slowly"
+    message = "oneDNN has no exact or no fast int8 product here, so sums go through float32: the same bits, but slower"
     return Check(name="int8", state="warn", message=message, remedy="use a processor with VNNI or AMX")
 
 

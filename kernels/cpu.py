@@ -6,11 +6,10 @@ Each has its plain twin of the same name in kernels/reference.py.
 """
 
 import functools
+import time
 
 import torch
 from torch import Tensor
-
-from kernels import reference
 
 MAX_IN_FEATURES = (2**31 - 1) // 127**2
 """The widest int8 dot product that cannot overflow int32: 133,152 columns of ±127."""
@@ -20,6 +19,9 @@ _QUERY_BLOCK = 512
 
 _HEAD_BLOCK = 64
 """Rows per output-embedding product, so that [rows, vocab] logits stay near the cache."""
+
+_WIDENED_HEAD_BLOCK = 256
+"""The same where the embedding is widened to float32 for each product, which takes as long as 64 rows do."""
 
 _ARGMAX_SHORTLIST = 16
 
@@ -47,35 +49,94 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def int8_is_exact() -> bool:
-    """Return whether oneDNN's int8 product is exact here, proven on saturating inputs.
+def has_int8_product() -> bool:
+    """Return whether oneDNN's int8 product is exact and fast here, by trying it.
 
-    Processors without VNNI multiply through int16, which overflows on inputs like these.
+    Without VNNI it may multiply through int16, which overflows on inputs like these; or it is a plain loop, 3 GOP/s on
+    two AVX2 cores where exact integers in float32 reach 58. Both answers are exact, so the choice never shows in a bit.
     """
-    k = 1536
-    x = torch.full((33, k), 127, dtype=torch.int8)
+    x = torch.full((256, 1536), 127, dtype=torch.int8)
     x[1::2] = -127
-    weight = torch.full((64, k), -127, dtype=torch.int8)
+    weight = torch.full((512, 1536), -127, dtype=torch.int8)
     weight[::3] = 127
-    return torch.equal(torch._int_mm(x, weight.t()), reference.int8_matmul(x, weight))
+    seconds, products = [], []
+    for product in (_onednn_int8_matmul, _float_int8_matmul):
+        product(x[:32], weight)
+        start = time.perf_counter()
+        products.append(product(x, weight))
+        seconds.append(time.perf_counter() - start)
+    return torch.equal(*products) and seconds[0] < seconds[1]
 
 
-def int8_linear(x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """Return x @ weight.T as float32 [T, N], accumulated exactly in int32.
+def _onednn_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
+    """Return the exact product as int32 [T, N]; 88 % of the VNNI peak, where torch's quantized.linear reaches 70 %."""
+    return torch._int_mm(x_int8, weight.t())
+
+
+def _float_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
+    """Return the exact product as int32 or float32 [T, N].
+
+    1024 * 128**2 = 2**24, so within blocks of 1024 columns every partial sum is a float32 integer, in whatever order.
+    Weights are widened call by call: 60 µs of 10 ms at 512 tokens, where keeping them wide would take four times the
+    memory.
+    """
+    blocks = [
+        torch.mm(x_part.float(), weight_part.float().t())
+        for x_part, weight_part in zip(x_int8.split(1024, dim=1), weight.split(1024, dim=1), strict=True)
+    ]
+    if len(blocks) == 1:
+        return blocks[0]
+    acc = blocks[0].to(torch.int32)
+    for block in blocks[1:]:
+        acc += block.to(torch.int32)
+    return acc
+
+
+def int8_linear(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return x @ weight.T + bias as [T, N], accumulated exactly.
 
     Args:
         x_int8: [T, K] int8, row-quantized activations.
         x_scale: [T] float32; x ≈ x_int8 * x_scale[:, None].
         weight: [N, K] int8.
         weight_scale: [N] float32.
+        bias: [N] float32.
+        out_dtype: of the result.
 
     Raises: ShapeError if K differs or could overflow int32.
     """
     if x_int8.shape[1] != weight.shape[1] or weight.shape[1] > MAX_IN_FEATURES:
         raise ShapeError(f"int8_linear: {tuple(x_int8.shape)=}, {tuple(weight.shape)=}, K at most {MAX_IN_FEATURES}")
-    # oneDNN's s8 s8 s32 product; 88 % of the VNNI peak where torch's quantized.linear paths reach 0.1 to 70 %.
-    acc = torch._int_mm(x_int8, weight.t()) if int8_is_exact() else reference.int8_matmul(x_int8, weight)
-    return acc.to(torch.float32).mul_(x_scale[:, None]).mul_(weight_scale)
+    acc = _onednn_int8_matmul(x_int8, weight) if has_int8_product() else _float_int8_matmul(x_int8, weight)
+    y = acc.to(torch.float32).mul_(x_scale[:, None]).mul_(weight_scale)
+    return (y if bias is None else y.add_(bias)).to(out_dtype)
+
+
+@functools.cache
+def has_bfloat16_product() -> bool:
+    """Return whether products in bfloat16 go by oneDNN here; else they are a plain loop, a sixth of float32's rate."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
+def float_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T as float32 [T, N], from values rounded to the dtype of `weight`.
+
+    Args:
+        x: [T, K] float32.
+        weight: [N, K] float32 or bfloat16.
+    """
+    x = x.to(weight.dtype)
+    if weight.dtype == torch.bfloat16 and not has_bfloat16_product():
+        return row_matmul(x.float(), weight.float().t(), block=_HEAD_BLOCK)
+    return torch.nn.functional.linear(x, weight).float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -126,11 +187,31 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     return sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
 
 
-def row_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rms_norm(x + residual), quantized: int8 [T, D], its scales [T]; and x + residual, or nothing without one.
+
+    Args:
+        x: [T, D] float32.
+        residual: [T, D] float32.
+        weight: [D] float32.
+        eps: added to the mean square.
+    """
+    total = x if residual is None else x + residual
+    x_int8, x_scale = quantize_rows(rms_norm(total, weight, eps))
+    return x_int8, x_scale, x.new_empty(0) if residual is None else total
+
+
+def swiglu_quantize(gate_up: Tensor, alpha: float | None = None, limit: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return swiglu(gate_up [T, 2 F]), or with `alpha` and `limit` the clamped one, as int8 [T, F] and scales [T]."""
+    gated = swiglu(gate_up) if alpha is None or limit is None else clamped_swiglu(gate_up, alpha, limit)
+    return quantize_rows(gated)
+
+
+def row_matmul(x: Tensor, weight: Tensor, block: int = _ROW_BLOCK) -> Tensor:
     """Return x @ weight of x [*, T, K] and weight [*, K, N] float32, so that a row's bits are its own."""
     rows = x.shape[-2]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % _ROW_BLOCK))
-    return torch.cat([torch.matmul(block, weight) for block in padded.split(_ROW_BLOCK, dim=-2)], dim=-2)[..., :rows, :]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % block))
+    return torch.cat([torch.matmul(part, weight) for part in padded.split(block, dim=-2)], dim=-2)[..., :rows, :]
 
 
 def choose_experts(
@@ -233,8 +314,9 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
         token_ids: [T, C] int64.
     """
     blocks = []
-    for rows, ids in zip(hidden.split(_HEAD_BLOCK), token_ids.split(_HEAD_BLOCK), strict=True):
-        logits = torch.mm(rows.to(head.dtype), head.t()).float()
+    at_once = _HEAD_BLOCK if has_bfloat16_product() else _WIDENED_HEAD_BLOCK
+    for rows, ids in zip(hidden.split(at_once), token_ids.split(at_once), strict=True):
+        logits = float_linear(rows, head)
         # torch.logsumexp splits the vocabulary over threads when there is but one row; log_softmax never does.
         normalizer = logits.amax(dim=-1) - torch.log_softmax(logits, dim=-1).amax(dim=-1)
         blocks.append(_exact_logits(rows, head, ids) - normalizer[:, None])
@@ -247,8 +329,8 @@ def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:
     A shortlist by products in the dtype of `head`, then exact float32 logits: bfloat16 logits near 20 are 0.125 apart.
     """
     blocks = []
-    for rows in hidden.split(_HEAD_BLOCK):
-        ids = torch.mm(rows.to(head.dtype), head.t()).topk(min(_ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices
+    for rows in hidden.split(_HEAD_BLOCK if has_bfloat16_product() else _WIDENED_HEAD_BLOCK):
+        ids = float_linear(rows, head).topk(min(_ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices
         ids = ids.sort(dim=-1).values
         best = _exact_logits(rows, head, ids).argmax(dim=-1, keepdim=True)
         blocks.append(ids.gather(1, best).squeeze(1))

@@ -1,7 +1,10 @@
-"""The naive twin of every kernel: slow, plain, and right. Oracles for tests; `int8_matmul` is also the exact fallback.
+"""The naive twin of every kernel: slow, plain, and right. Oracles for tests.
 
 Legend: as kernels/cpu.py.
 """
+
+import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,9 +33,17 @@ def int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
     return acc
 
 
-def int8_linear(x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """Return (x_int8 @ weight.T) * x_scale[:, None] * weight_scale as float32 [T, N]."""
-    return int8_matmul(x_int8, weight).to(torch.float32) * x_scale[:, None] * weight_scale
+def int8_linear(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return (x_int8 @ weight.T) * x_scale[:, None] * weight_scale + bias as [T, N], rounded once to `out_dtype`."""
+    out = int8_matmul(x_int8, weight).to(torch.float32) * x_scale[:, None] * weight_scale
+    return (out if bias is None else out + bias).to(out_dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -145,3 +156,131 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
 def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:
     """Return the token with the highest logit per row [T] int64; the lowest id wins a tie."""
     return (hidden.double() @ head.double().t()).argmax(dim=-1)
+
+
+def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return RMSNorm(x + residual) as int8 [T, D], its row scales [T] float32, and the sum [T, D] in the dtype of x."""
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    return *quantize_rows(rms_norm(total, weight, eps)), total
+
+
+def swiglu_quantize(gate_up: Tensor, alpha: float | None = None, limit: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return the gated unit of gate_up [T, 2 F], clamped if there is a limit, as int8 [T, F] and its row scales [T]."""
+    if alpha is None or limit is None:
+        return quantize_rows(swiglu(gate_up))
+    return quantize_rows(clamped_swiglu(gate_up, alpha, limit))
+
+
+def rope_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> Tensor:
+    """Return q [T, H, D] rotated; write k, rotated, and v into [blocks, G, page, D] at slot block * page + offset."""
+    k = apply_rope(k.float(), cos, sin)
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, key_cache.shape[2])
+            key_cache[block, :, offset] = k[t].to(key_cache.dtype)
+            value_cache[block, :, offset] = v[t].to(value_cache.dtype)
+    return apply_rope(q.float(), cos, sin).to(q.dtype)
+
+
+def label_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return hidden @ head.T at `token_ids` [T, C] as [T, C] float32."""
+    return (hidden.double() @ head.double().t()).gather(1, token_ids).float()
+
+
+def attention_state(q: Tensor, k: Tensor, v: Tensor, scale: float, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (softmax(k q scale) v [Dv], base-2 log-sum-exp []) of one query [D] over k [S, D], in float64.
+
+    Zeros and -inf over no key; `sink` is one more score, which takes its share and adds nothing.
+    """
+    scores = k.double() @ q.double() * scale
+    if sink is not None:
+        scores = torch.cat([scores, sink.double().reshape(1)])
+    if not len(scores):
+        return torch.zeros(v.shape[1], dtype=torch.float64), torch.tensor(-torch.inf, dtype=torch.float64)
+    lse = torch.logsumexp(scores, dim=0)
+    return torch.exp(scores - lse)[: len(v)] @ v.double(), lse / math.log(2)
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (out [T, H, Dv], base-2 lse [T, H]) of queries [T, H, D] that see all of k [S, G, D], v [S, G, Dv]."""
+    out, lse = torch.empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[:2])
+    for t in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h * k.shape[1] // q.shape[1]
+            out[t, h], lse[t, h] = attention_state(q[t, h], k[:, g], v[:, g], scale)
+    return out, lse
+
+
+def packed_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    *,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (out [T, H, Dv], base-2 lse [T, H]) of causal attention within each sequence of `cu_seqlens` [B + 1].
+
+    A query sees itself and, of the keys before, the last `window - 1` or all.
+    """
+    out, lse = torch.empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[:2])
+    for start, end in pairwise(cu_seqlens.tolist()):
+        for t in range(start, end):
+            seen = slice(max(start, t + 1 - (window or max_seqlen)), t + 1)
+            out[t : t + 1], lse[t : t + 1] = prefix_attention(q[t : t + 1], k[seen], v[seen], scale)
+    return out, lse
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (out [T, H, Dv], base-2 lse [T, H]) over the keys of both states; of no key, zeros and -inf."""
+    lse = torch.logaddexp2(lse_a.double(), lse_b.double())
+    shares = [torch.exp2(part.double() - lse).nan_to_num()[..., None] for part in (lse_a, lse_b)]
+    return (out_a.double() * shares[0] + out_b.double() * shares[1]).float(), lse.float()
+
+
+def paged_decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return attention of one query per sequence [B, H, D] over its keys in pages, as [B, H, Dv].
+
+    Args:
+        q: [B, H, D].
+        key_cache: [blocks, G, page, D].
+        value_cache: [blocks, G, page, Dv].
+        block_table: [B, max_blocks], the pages of each sequence.
+        lens: [B], keys of each sequence.
+        scale: multiplies the scores.
+        window: how many of the last keys are visible.
+        sinks: [H], one more score per head.
+    """
+    out = torch.zeros(*q.shape[:2], value_cache.shape[3])
+    for b, length in enumerate(lens.tolist()):
+        keys, values = (
+            cache[block_table[b].long()].transpose(1, 2).flatten(0, 1) for cache in (key_cache, value_cache)
+        )
+        seen = slice(max(0, length - (window or length)), length)
+        for h in range(q.shape[1]):
+            g = h * keys.shape[1] // q.shape[1]
+            sink = None if sinks is None else sinks[h]
+            out[b, h], _ = attention_state(q[b, h], keys[seen, g], values[seen, g], scale, sink)
+    return out
+
+
+def mla_decode(
+    q: Tensor, latent_cache: Tensor, block_table: Tensor, lens: Tensor, scale: float, *, rank: int = 512
+) -> Tensor:
+    """Return absorbed latent attention [B, H, rank]: latents [blocks, page, rank + rope] are keys, their start values."""
+    cache = latent_cache[:, None]
+    return paged_decode(q, cache, cache[..., :rank], block_table, lens, scale)

@@ -347,9 +347,39 @@ def test_a_row_has_the_same_bits_among_any_others(size: int, threads: int) -> No
         torch.set_num_threads(before)
 
 
-def test_the_fallback_without_exact_hardware_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    x_int8, x_scale = cpu.quantize_rows(rows(9, 1100)[5:])
-    weight, weight_scale = torch.randint(-127, 128, (31, 1100), dtype=torch.int8), torch.rand(31)
-    fast = cpu.int8_linear(x_int8, x_scale, weight, weight_scale)
-    monkeypatch.setattr(cpu, "int8_is_exact", lambda: False)
-    assert torch.equal(cpu.int8_linear(x_int8, x_scale, weight, weight_scale), fast)
+@pytest.mark.parametrize(("rows_", "k", "n"), [(1, 1, 1), (4, 1100, 31), (33, 1024, 16), (5, 4096, 7), (2, 20000, 3)])
+def test_int8_products_with_and_without_the_instruction_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, rows_: int, k: int, n: int
+) -> None:
+    for seed, low in ((0, -127), (1, 127)):  # random, and sums as large as they get
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(low, 128, (rows_, k), generator=generator, dtype=torch.int8)
+        weight = torch.randint(low, 128, (n, k), generator=generator, dtype=torch.int8)
+        x_scale, weight_scale = torch.rand(rows_, generator=generator), torch.rand(n, generator=generator)
+        expected = reference.int8_linear(x, x_scale, weight, weight_scale)
+        for has_product in (True, False):
+            if has_product and not torch.equal(torch._int_mm(x, weight.t()), reference.int8_matmul(x, weight)):
+                continue  # an old processor: has_int8_product() says no there
+            monkeypatch.setattr(cpu, "has_int8_product", lambda has_product=has_product: has_product)
+            assert torch.equal(cpu.int8_linear(x, x_scale, weight, weight_scale), expected)
+
+
+def test_the_int8_product_of_this_processor_is_exact_or_not_used() -> None:
+    x = torch.full((3, 2048), -127, dtype=torch.int8)
+    got = cpu.int8_linear(x, torch.ones(3), -x[:2].clone(), torch.ones(2))
+    assert (got == -2048 * 127.0**2).all()
+
+
+@pytest.mark.parametrize("has_product", [True, False])
+def test_bfloat16_products_are_the_twins_with_and_without_the_instruction(
+    monkeypatch: pytest.MonkeyPatch, has_product: bool
+) -> None:
+    monkeypatch.setattr(cpu, "has_bfloat16_product", lambda: has_product)
+    x, weight = rows(130, 96), torch.randn(41, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = x.bfloat16().double() @ weight.double().t()
+    got = cpu.float_linear(x, weight)
+    # The product of bfloat16 values is exact in float32; the sum, or with the instruction the result, is rounded once.
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-2)
+    if not has_product:
+        for some in (slice(3, 4), slice(60, 130), torch.randperm(130)):
+            assert torch.equal(cpu.float_linear(x[some], weight), got[some])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from k2model.config import AttentionConfig, ModelConfig
-from k2model.decoder.linear import Linear, LinearReader
+from k2model.decoder.linear import Linear, LinearReader, Quantized
 from k2model.decoder.step import Group, with_past
 from kernels import cpu
 
@@ -28,15 +28,25 @@ class Attention:
     sinks: Tensor | None
     eps: float
 
+    @property
+    def first(self) -> Linear:
+        """The layer that takes the input."""
+        return self.qkv_proj
+
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], visible: list[Tensor], kv_dtype: torch.dtype
+        self,
+        x: Tensor | Quantized,
+        rope: tuple[Tensor, Tensor],
+        groups: list[Group],
+        visible: list[Tensor],
+        kv_dtype: torch.dtype,
     ) -> Tensor:
         """Return [T, D] float32 for normed `x` [T, D]; appends to each group's cache."""
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = self.qkv_proj(x).view(-1, heads + 2 * kv_heads, head_dim)
         rotated = cpu.apply_rope(self._normed(qkv[:, : heads + kv_heads]), *rope)
-        out = torch.empty(x.shape[0], heads, head_dim)
+        out = torch.empty(qkv.shape[0], heads, head_dim)
         start = 0
         for group, mask in zip(groups, visible, strict=True):
             tokens = slice(start, start + group.count * group.length)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from k2model.config import ModelConfig, MoeConfig
-from k2model.decoder.linear import Linear, LinearReader
-from kernels import cpu
+from k2model.decoder.linear import Int8Linear, Linear, LinearReader, Quantized, gated
+from kernels import cpu, ops
 
 _ROWS_AT_ONCE = 512
 """Tokens of one expert at once: beyond that its int32 products leave the cache, and a popular expert would need much
@@ -27,12 +27,15 @@ class FeedForward:
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def first(self) -> Linear:
+        """The layer that takes the input."""
+        return self.gate_up_proj
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         """Return [T, D] float32 for `x` [T, D]."""
         gate_up = self.gate_up_proj(x)
-        if self.swiglu_limit is None:
-            return self.down_proj(cpu.swiglu(gate_up))
-        return self.down_proj(cpu.clamped_swiglu(gate_up, self.swiglu_alpha, self.swiglu_limit))
+        return self.down_proj(gated(self.down_proj, gate_up, self.swiglu_alpha, self.swiglu_limit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +78,20 @@ class MixtureOfExperts:
     experts: Sequence[FeedForward]
     shared: FeedForward | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [T, D] float32 for `x` [T, D].
+    @property
+    def first(self) -> Router:
+        """What takes the input, in float32; experts quantize it once for all of them."""
+        return self.router
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """Return [T, D] float32 for `x` [T, D] float32.
 
         A token's experts are summed in ascending order, whatever tokens share them: its bits are its own.
         """
+        assert isinstance(x, Tensor)  # see `first`
         expert_ids, expert_weights = self.router.choose(self.router.logits(x))
         out = torch.zeros_like(x)
+        quantized = Quantized(*ops.quantize_rows(x)) if self._is_int8() else None
         slots = expert_ids.view(-1).sort(stable=True).indices
         counts = torch.bincount(expert_ids.view(-1), minlength=len(self.experts)).tolist()
         for expert, mine in enumerate(slots.split(counts)):
@@ -90,9 +100,15 @@ class MixtureOfExperts:
             feed_forward = self.experts[expert]
             for part in mine.split(_ROWS_AT_ONCE):
                 rows = part // expert_ids.shape[1]
-                y = feed_forward.forward(x[rows])
+                # INT8 rows are gathered as such: a quarter of the copy, quantized once and not once an expert.
+                taken = Quantized(quantized.values[rows], quantized.scale[rows]) if quantized else x[rows]
+                y = feed_forward.forward(taken)
                 out.index_add_(0, rows, y.mul_(expert_weights.view(-1)[part, None]))
         return out if self.shared is None else out.add_(self.shared.forward(x))
+
+    def _is_int8(self) -> bool:
+        """Whether experts are INT8; while calibrating they are not, and each is read when its tokens come."""
+        return isinstance(self.experts, list) and all(isinstance(e.gate_up_proj, Int8Linear) for e in self.experts)
 
 
 def read_feed_forward(

@@ -1,21 +1,30 @@
 """Linear layers: the same call, whatever the weights are stored as."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from k2model.formats.compressed_tensors import unpack_int4
 from k2model.formats.weights import Weights
-from kernels import cpu
+from kernels import cpu, ops
+
+
+class Quantized(NamedTuple):
+    """Activations as INT8 layers take them."""
+
+    values: Tensor
+    """[T, K] int8."""
+    scale: Tensor
+    """[T] float32."""
 
 
 class Linear(Protocol):
     """y = x @ weight.T + bias."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return float32 [T, N] of `x` [T, K] float32."""
+    def __call__(self, x: Any) -> Tensor:
+        """Return float32 [T, N] of `x` [T, K] float32; INT8 layers also take it Quantized."""
         ...
 
 
@@ -30,7 +39,7 @@ class FloatLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return float32 [T, N]."""
-        return _biased(torch.nn.functional.linear(x.to(self.weight.dtype), self.weight).float(), self.bias)
+        return _biased(cpu.float_linear(x, self.weight), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +53,10 @@ class Int8Linear:
     bias: Tensor | None = None
     """[N] float32."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return float32 [T, N]."""
-        x_int8, x_scale = cpu.quantize_rows(x)
-        return _biased(cpu.int8_linear(x_int8, x_scale, self.weight, self.weight_scale), self.bias)
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        """Return float32 [T, N] of `x` [T, K], quantized already or to be."""
+        x_int8, x_scale = x if isinstance(x, Quantized) else ops.quantize_rows(x)
+        return ops.int8_linear(x_int8, x_scale, self.weight, self.weight_scale, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,21 @@ class LinearReader:
             for (name, n), has in zip(names, has_bias, strict=True)
         ]
         return _in_order(parts, rows)
+
+
+def normed(consumer: object, x: Tensor, weight: Tensor, eps: float) -> Tensor | Quantized:
+    """Return RMSNorm of `x` [T, D] as `consumer` takes it: quantized in the same pass, if that is an INT8 layer."""
+    if isinstance(consumer, Int8Linear):
+        values, scale, _ = ops.rms_norm_quantize(x, None, weight, eps)
+        return Quantized(values, scale)
+    return cpu.rms_norm(x, weight, eps)
+
+
+def gated(consumer: object, gate_up: Tensor, alpha: float, limit: float | None) -> Tensor | Quantized:
+    """Return the gated unit of `gate_up` [T, 2 F] as `consumer` takes it; with a limit, the clamped one."""
+    if isinstance(consumer, Int8Linear):
+        return Quantized(*ops.swiglu_quantize(gate_up, None if limit is None else alpha, limit))
+    return cpu.swiglu(gate_up) if limit is None else cpu.clamped_swiglu(gate_up, alpha, limit)
 
 
 def _in_order(tensors: list[Tensor], rows: Tensor | None) -> Tensor:

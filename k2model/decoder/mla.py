@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from k2model.config import LatentAttentionConfig, ModelConfig
-from k2model.decoder.linear import Linear, LinearReader
+from k2model.decoder.linear import Linear, LinearReader, Quantized, normed
 from k2model.decoder.rope import deinterleaved
 from k2model.decoder.step import Group, with_past
 from kernels import cpu
@@ -37,20 +37,30 @@ class LatentAttention:
     """[H, R, v] float32: those that make values."""
     o_proj: Linear
 
+    @property
+    def first(self) -> Linear:
+        """The layer that takes the input."""
+        return self.qkv_a_proj
+
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], visible: list[Tensor], kv_dtype: torch.dtype
+        self,
+        x: Tensor | Quantized,
+        rope: tuple[Tensor, Tensor],
+        groups: list[Group],
+        visible: list[Tensor],
+        kv_dtype: torch.dtype,
     ) -> Tensor:
         """Return [T, D] float32 for normed `x` [T, D]; appends to each group's cache."""
         config = self.config
         nope, heads = config.qk_nope_head_dim, config.num_attention_heads
         q, latent, k_rope = self.qkv_a_proj(x).split(self._widths(), dim=-1)
         if self.q_b_proj is not None and self.q_a_layernorm is not None:
-            q = self.q_b_proj(cpu.rms_norm(q, self.q_a_layernorm, config.latent_norm_eps))
+            q = self.q_b_proj(normed(self.q_b_proj, q, self.q_a_layernorm, config.latent_norm_eps))
         q = q.reshape(-1, heads, nope + config.qk_rope_head_dim)
         q = torch.cat([q[..., :nope], cpu.apply_rope(q[..., nope:], *rope)], dim=-1)
         latent = cpu.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
         kept = torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1).to(kv_dtype)
-        out = torch.empty(x.shape[0], heads * config.v_head_dim)
+        out = torch.empty(q.shape[0], heads * config.v_head_dim)
         start = 0
         for group, mask in zip(groups, visible, strict=True):
             tokens = slice(start, start + group.count * group.length)

@@ -12,7 +12,7 @@ from torch import Tensor
 from k2model.config import LatentAttentionConfig, ModelConfig
 from k2model.decoder.attention import Attention, read_attention
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_feed_forward
-from k2model.decoder.linear import LinearReader
+from k2model.decoder.linear import LinearReader, normed
 from k2model.decoder.mla import LatentAttention, read_latent_attention
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.decoder.step import Group, KeyValues, Step, causal
@@ -35,9 +35,10 @@ class Layer:
         self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], visible: list[Tensor], kv_dtype: torch.dtype
     ) -> Tensor:
         """Return the layer's output [T, D] float32 for `x` [T, D]; appends to each group's cache."""
-        h = cpu.rms_norm(x, self.input_layernorm, self.eps)
+        h = normed(self.attention.first, x, self.input_layernorm, self.eps)
         x = x + self.attention.forward(h, rope, groups, visible, kv_dtype)
-        return x + self.feed_forward.forward(cpu.rms_norm(x, self.post_attention_layernorm, self.eps))
+        h = normed(self.feed_forward.first, x, self.post_attention_layernorm, self.eps)
+        return x + self.feed_forward.forward(h)
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 logits of `hidden` [T, D], for measurement; scoring needs only some of them."""
-        return torch.mm(hidden.to(self.lm_head.dtype), self.lm_head.t()).float()
+        return cpu.float_linear(hidden, self.lm_head)
 
     def allocate(self, count: int, capacity: int) -> KeyValues:
         """Return empty keys and values for `count` sequences of up to `capacity` tokens."""

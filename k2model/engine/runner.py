@@ -14,7 +14,7 @@ from k2model.decoder.step import Group, KeyValues, Step, causal
 from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
 from k2model.engine.request import Completion
 from k2model.engine.scheduler import Sequence
-from kernels import cpu
+from kernels import cpu, ops
 
 _MAX_PREFIXES = 8
 
@@ -105,7 +105,7 @@ class Runner:
         asked = hidden[:, [last if node == ROOT else last + 1 + node for node in tree.parents]]
         width = max(len(targets) for targets in tree.targets)
         targets = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tree.targets])  # [N, C]
-        logprobs = cpu.token_logprobs(
+        logprobs = ops.token_logprobs(
             asked.reshape(-1, hidden.shape[2]), self.decoder.lm_head, targets.repeat(len(sequences), 1)
         ).view(len(sequences), len(tree.parents), width)
         owner, parent, slot = torch.tensor(tree.edges).unbind(1)

@@ -1,0 +1,162 @@
+"""The kernels by name, whatever device the tensors are on: torch.library picks the CPU's or the card's.
+
+Each operator has three implementations: kernels/cpu.py, a Triton kernel, and a fake one that knows shapes alone, so
+that torch.compile can trace through it. Triton is imported when the first tensor on a card arrives.
+
+Legend: T tokens, D hidden_size, K/N in/out features, F intermediate size, E experts, A experts per token, V vocabulary,
+C tokens asked for.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import cpu
+
+_library = torch.library.Library("k2batch", "DEF")
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x` [T, K] as int8 in [-127, 127] and its row scales [T] float32. Twin: kernels/reference.py."""
+    x_int8, x_scale = torch.ops.k2batch.quantize_rows(x)
+    return x_int8, x_scale
+
+
+def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return RMSNorm(x + residual) as int8 [T, D], its row scales [T] float32, and x + residual, in one pass over rows.
+
+    Args:
+        x: [T, D].
+        residual: [T, D], or None for nothing to add; the sum is then `x` itself.
+        weight: [D].
+        eps: added to the mean square.
+    """
+    x_int8, x_scale, total = torch.ops.k2batch.rms_norm_quantize(x, residual, weight, eps)
+    return x_int8, x_scale, x if residual is None else total
+
+
+def swiglu_quantize(gate_up: Tensor, alpha: float | None = None, limit: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return silu(gate) * up of gate_up [T, 2 F] as int8 [T, F] and its row scales [T] float32.
+
+    With `alpha` and `limit`, gpt-oss's clamped form (`clamped_swiglu` of kernels/reference.py).
+    """
+    x_int8, x_scale = torch.ops.k2batch.swiglu_quantize(gate_up, alpha, limit)
+    return x_int8, x_scale
+
+
+def int8_linear(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return x @ weight.T + bias as [T, N], accumulated exactly in int32.
+
+    Args:
+        x_int8: [T, K] int8, row-quantized activations.
+        x_scale: [T] float32; x ≈ x_int8 * x_scale[:, None].
+        weight: [N, K] int8.
+        weight_scale: [N] float32.
+        bias: [N] float32.
+        out_dtype: of the result.
+
+    Raises: ShapeError if K differs or could overflow int32.
+    Source: LLM.int8(), arXiv 2208.07339, vector-wise scaling.
+    """
+    y: Tensor = torch.ops.k2batch.int8_linear(x_int8, x_scale, weight, weight_scale, bias, out_dtype)
+    return y
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return log softmax(hidden @ head.T) at `token_ids`, as [T, C] float32, without [T, V] logits in memory.
+
+    Args:
+        hidden: [T, D] after the final norm.
+        head: [V, D] the output embedding.
+        token_ids: [T, C] int64.
+    """
+    y: Tensor = torch.ops.k2batch.token_logprobs(hidden, head, token_ids)
+    return y
+
+
+def _on_card(module: str, name: str) -> Callable[..., Any]:
+    """Return the Triton function `name` of kernels/`module`, imported when it is called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f"kernels.{module}"), name)(*args)
+
+    return call
+
+
+def _rms_norm_quantize_on_card(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
+    x_int8, x_scale, total = import_module("kernels.quantize").rms_norm_quantize(x, residual, weight, eps)
+    # An operator may not return what it was given.
+    return [x_int8, x_scale, x.new_empty(0) if residual is None else total]
+
+
+def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _fake_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_rows(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+
+
+def _fake_swiglu(gate_up: Tensor, alpha: float | None, limit: float | None) -> tuple[Tensor, Tensor]:
+    return _fake_rows(gate_up[:, : gate_up.shape[1] // 2])
+
+
+def _fake_linear(
+    x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return x_scale.new_empty(x_int8.shape[0], weight.shape[0], dtype=out_dtype)
+
+
+def _fake_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    return hidden.new_empty(token_ids.shape, dtype=torch.float32)
+
+
+def _define(schema: str, on_cpu: Callable[..., Any], on_card: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, on_cpu, "CPU")
+    _library.impl(name, on_card, "CUDA")
+    torch.library.register_fake(f"k2batch::{name}", fake, lib=_library)
+
+
+_define(
+    "quantize_rows(Tensor x) -> (Tensor, Tensor)",
+    cpu.quantize_rows,
+    _on_card("quantize", "quantize_rows"),
+    _fake_rows,
+)
+_define(
+    "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    cpu.rms_norm_quantize,
+    _rms_norm_quantize_on_card,
+    _fake_rms_norm,
+)
+_define(
+    "swiglu_quantize(Tensor gate_up, float? alpha, float? limit) -> (Tensor, Tensor)",
+    cpu.swiglu_quantize,
+    _on_card("quantize", "swiglu_quantize"),
+    _fake_swiglu,
+)
+_define(
+    "int8_linear(Tensor x_int8, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype)"
+    " -> Tensor",
+    cpu.int8_linear,
+    _on_card("int8_gemm", "int8_linear"),
+    _fake_linear,
+)
+_define(
+    "token_logprobs(Tensor hidden, Tensor head, Tensor token_ids) -> Tensor",
+    cpu.token_logprobs,
+    _on_card("label_score", "token_logprobs"),
+    _fake_logprobs,
+)
