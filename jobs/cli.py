@@ -51,7 +51,16 @@ _ABOUT = {
     "report": "Write report.html into a finished run, and show it in short.",
     "models": "Look into a checkpoint before fetching it, compare it with reference fixtures, or convert it to INT8.",
     "doctor": "Check this machine and installation.",
-    "bench": "Measure INT8 layers, what INT8 loses, the engine, a true-size K2 layer, a conversion in little memory.",
+    "bench": "Measure kernels, what INT8 loses, the engine, a true-size K2 layer, a conversion in little memory.",
+}
+
+_MEASURED = {
+    "kernels": "kernels: each beside its limit and its peer",
+    "linear": "linear: INT8 layers beside bfloat16",
+    "quality": "quality: what INT8 loses",
+    "engine": "engine: the peers' two works",
+    "layer": "layer: one of Kimi-K2 at its true size",
+    "conversion": "conversion: a checkpoint larger than memory",
 }
 
 _INTERRUPTED = "stopped; every finished unit is kept, and running the same command again resumes"
@@ -148,12 +157,16 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("linear", "quality", "engine", "layer", "conversion"), help="what to measure")
+    parser.add_argument("what", choices=tuple(_MEASURED), help=", ".join(_MEASURED.values()))
     parser.add_argument("--checkpoint", metavar="URL", help="instead of the default model")
     parser.add_argument("--tickets", metavar="FILE", default="", help="prompts of token ids, one JSON object a line")
     parser.add_argument("--labels", metavar="FILE", default="", help="JSON object of label to token id")
     parser.add_argument("--work", type=int, choices=(1, 2), default=1, help="engine: 1 scores labels, 2 generates")
     parser.add_argument("--rounds", type=int, metavar="N", help="timed repeats")
+    parser.add_argument("--only", metavar="TEXT", default="", help="kernels: those whose name contains this")
+    parser.add_argument("--plot", metavar="FILE", help="kernels: draw shares of the limit, .svg or .png")
+    parser.add_argument("--limit-mb", type=int, metavar="N", default=600, help="conversion: memory it may have")
+    parser.add_argument("--balanced", action="store_true", help="conversion: calibrate as well, as convert does")
 
 
 def _spec(arguments: argparse.Namespace) -> "JobSpec":
@@ -264,11 +277,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.what == "kernels":
+        from jobs import bench_kernels
+
+        facts = bench_kernels.kernels(arguments.rounds or 7, arguments.only)
+        if arguments.plot:
+            bench_kernels.plot(facts, arguments.plot)
+        _show(arguments, facts, bench_kernels.as_text(facts))
+        return 0
     if arguments.what in ("layer", "conversion"):
         from jobs import bench_models
 
         facts = (
-            bench_models.layer(rounds=arguments.rounds or 3) if arguments.what == "layer" else bench_models.conversion()
+            bench_models.layer(rounds=arguments.rounds or 3)
+            if arguments.what == "layer"
+            else bench_models.conversion(arguments.limit_mb, balanced=arguments.balanced)
         )
         _show(arguments, facts, bench_models.as_text(facts))
         return 0

@@ -92,6 +92,11 @@ def _float_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
     return acc
 
 
+def int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
+    """Return x_int8 [T, K] @ weight [N, K].T, exact, as int32 or float32 [T, N]."""
+    return _onednn_int8_matmul(x_int8, weight) if has_int8_product() else _float_int8_matmul(x_int8, weight)
+
+
 def int8_linear(
     x_int8: Tensor,
     x_scale: Tensor,
@@ -114,8 +119,7 @@ def int8_linear(
     """
     if x_int8.shape[1] != weight.shape[1] or weight.shape[1] > MAX_IN_FEATURES:
         raise ShapeError(f"int8_linear: {tuple(x_int8.shape)=}, {tuple(weight.shape)=}, K at most {MAX_IN_FEATURES}")
-    acc = _onednn_int8_matmul(x_int8, weight) if has_int8_product() else _float_int8_matmul(x_int8, weight)
-    y = acc.to(torch.float32).mul_(x_scale[:, None]).mul_(weight_scale)
+    y = int8_matmul(x_int8, weight).to(torch.float32).mul_(x_scale[:, None]).mul_(weight_scale)
     return (y if bias is None else y.add_(bias)).to(out_dtype)
 
 

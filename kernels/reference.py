@@ -281,6 +281,126 @@ def paged_decode(
 def mla_decode(
     q: Tensor, latent_cache: Tensor, block_table: Tensor, lens: Tensor, scale: float, *, rank: int = 512
 ) -> Tensor:
-    """Return absorbed latent attention [B, H, rank]: latents [blocks, page, rank + rope] are keys, their start values."""
+    """Return absorbed latent attention [B, H, rank] over latents [blocks, page, rank + rope]: keys, in part values."""
     cache = latent_cache[:, None]
     return paged_decode(q, cache, cache[..., :rank], block_table, lens, scale)
+
+
+def route(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    num_experts_per_tok: int,
+    *,
+    scoring: str,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float = 1.0,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return experts [T, A] int32 ascending, their weights [T, A], and how many are kept [T], one token at a time.
+
+    Of the A chosen, those below `threshold` of their sum are dropped, never the best; they come last as expert E with
+    weight 0.
+    """
+    tokens, experts = logits.shape
+    scores = logits
+    if scoring != "softmax_of_chosen":
+        scores = sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits.double(), dim=1).float()
+    chosen = choose_experts(scores, correction_bias, num_experts_per_tok, n_group, topk_group)
+    ids = torch.full((tokens, num_experts_per_tok), experts, dtype=torch.int32)
+    weights, counts = torch.zeros(tokens, num_experts_per_tok), torch.zeros(tokens, dtype=torch.int32)
+    for t in range(tokens):
+        mine = scores[t, chosen[t]].double()
+        if scoring == "softmax_of_chosen":
+            mine = torch.softmax(mine, dim=0)
+        kept = mine >= threshold * mine.sum()
+        kept[mine.argmax()] = True
+        mine = mine[kept]
+        if norm_topk_prob:
+            mine = mine / (mine.sum() + 1e-20)
+        elif scoring == "softmax_of_chosen":
+            mine = mine / mine.sum()
+        counts[t] = len(mine)
+        ids[t, : len(mine)], weights[t, : len(mine)] = chosen[t][kept].int(), (mine * routed_scaling_factor).float()
+    return ids, weights, counts
+
+
+def align_tokens(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return slots by expert, ascending, each expert's filled to whole blocks with S, and the expert of each block."""
+    flat = expert_ids.flatten().tolist()
+    slot_ids: list[int] = []
+    block_experts: list[int] = []
+    for expert in range(num_experts):
+        mine = [slot for slot, chosen in enumerate(flat) if chosen == expert]
+        mine += [len(flat)] * (-len(mine) % block_size)
+        slot_ids += mine
+        block_experts += [expert] * (len(mine) // block_size)
+    return torch.tensor(slot_ids, dtype=torch.int32), torch.tensor(block_experts, dtype=torch.int32)
+
+
+def expert_linear(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    expert_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return int8_linear of each slot's row by its expert, [S, N]; NaN for slots of expert E.
+
+    Args:
+        x_int8: [T, K] int8, or [S, K].
+        x_scale: [T] or [S].
+        weight: [E, N, K] int8.
+        weight_scale: [E, N].
+        expert_ids: [T, A].
+        bias: [E, N].
+        out_dtype: of the result.
+    """
+    out = torch.full((expert_ids.numel(), weight.shape[1]), torch.nan, dtype=out_dtype)
+    for slot, expert in enumerate(expert_ids.flatten().tolist()):
+        row = slot * len(x_int8) // len(out)
+        if expert < len(weight):
+            x = x_int8[row : row + 1], x_scale[row : row + 1]
+            added = None if bias is None else bias[expert]
+            out[slot] = int8_linear(*x, weight[expert], weight_scale[expert], added, out_dtype)[0]
+    return out
+
+
+def expert_linear_int4(
+    x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, expert_ids: Tensor
+) -> Tensor:
+    """Return each slot's row by its expert's INT4 weights, [S, N] float32; NaN for slots of expert E.
+
+    Groups of 32 are summed exactly, scaled, and added in float32, ascending.
+
+    Args:
+        x_int8: [T, K] int8, or [S, K].
+        x_scale: [T] or [S].
+        weight: [E, N, K] int8 in [-8, 7].
+        weight_scale: [E, N, K / 32].
+        expert_ids: [T, A].
+    """
+    out = torch.full((expert_ids.numel(), weight.shape[1]), torch.nan)
+    for slot, expert in enumerate(expert_ids.flatten().tolist()):
+        row = slot * len(x_int8) // len(out)
+        if expert < len(weight):
+            products = (weight[expert].float() * x_int8[row].float()).unflatten(1, (-1, 32)).sum(dim=2)
+            total = torch.zeros(weight.shape[1])
+            for group in range(products.shape[1]):
+                total += products[:, group] * weight_scale[expert, :, group].float()
+            out[slot] = total * x_scale[row]
+    return out
+
+
+def combine(y: Tensor, expert_weights: Tensor, counts: Tensor, shared: Tensor | None = None) -> Tensor:
+    """Return each token's sum over its first counts[t] slots of y [S, D], weighted, + shared, as [T, D]."""
+    tokens, per_token = expert_weights.shape
+    out = torch.zeros(tokens, y.shape[1])
+    for t, count in enumerate(counts.tolist()):
+        for place in range(count):
+            out[t] += y[t * per_token + place].float() * expert_weights[t, place]
+    return (out if shared is None else out + shared.float()).to(y.dtype)

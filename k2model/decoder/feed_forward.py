@@ -84,31 +84,37 @@ class MixtureOfExperts:
         return self.router
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
-        """Return [T, D] float32 for `x` [T, D] float32.
-
-        A token's experts are summed in ascending order, whatever tokens share them: its bits are its own.
-        """
+        """Return [T, D] float32 for `x` [T, D] float32. Whoever shares its experts, a token's bits are its own."""
         assert isinstance(x, Tensor)  # see `first`
-        expert_ids, expert_weights = self.router.choose(self.router.logits(x))
-        out = torch.zeros_like(x)
-        quantized = Quantized(*ops.quantize_rows(x)) if self._is_int8() else None
-        slots = expert_ids.view(-1).sort(stable=True).indices
-        counts = torch.bincount(expert_ids.view(-1), minlength=len(self.experts)).tolist()
-        for expert, mine in enumerate(slots.split(counts)):
-            if not len(mine):
-                continue
-            feed_forward = self.experts[expert]
-            for part in mine.split(_ROWS_AT_ONCE):
-                rows = part // expert_ids.shape[1]
-                # INT8 rows are gathered as such: a quarter of the copy, quantized once and not once an expert.
-                taken = Quantized(quantized.values[rows], quantized.scale[rows]) if quantized else x[rows]
-                y = feed_forward.forward(taken)
-                out.index_add_(0, rows, y.mul_(expert_weights.view(-1)[part, None]))
+        out = run_experts(self.experts, x, *self.router.choose(self.router.logits(x)))
         return out if self.shared is None else out.add_(self.shared.forward(x))
 
-    def _is_int8(self) -> bool:
-        """Whether experts are INT8; while calibrating they are not, and each is read when its tokens come."""
-        return isinstance(self.experts, list) and all(isinstance(e.gate_up_proj, Int8Linear) for e in self.experts)
+
+def run_experts(experts: Sequence[FeedForward], x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """Return the weighted sum of each token's experts [T, D] float32, in ascending order, computed expert by expert.
+
+    Args:
+        experts: all of the layer.
+        x: [T, D] float32.
+        expert_ids: [T, A] int64, ascending.
+        expert_weights: [T, A] float32.
+    """
+    out = torch.zeros_like(x)
+    # While calibrating, each expert is read when its tokens come, so that they cannot be asked before.
+    is_int8 = isinstance(experts, list) and all(isinstance(expert.first, Int8Linear) for expert in experts)
+    quantized = Quantized(*ops.quantize_rows(x)) if is_int8 else None
+    slots = expert_ids.view(-1).sort(stable=True).indices
+    counts = torch.bincount(expert_ids.view(-1), minlength=len(experts)).tolist()
+    for expert, mine in enumerate(slots.split(counts)):
+        if not len(mine):
+            continue
+        feed_forward = experts[expert]
+        for part in mine.split(_ROWS_AT_ONCE):
+            rows = part // expert_ids.shape[1]
+            # INT8 rows are gathered as such: a quarter of the copy, and quantized once, not once an expert.
+            taken = Quantized(quantized.values[rows], quantized.scale[rows]) if quantized else x[rows]
+            out.index_add_(0, rows, feed_forward.forward(taken).mul_(expert_weights.view(-1)[part, None]))
+    return out
 
 
 def read_feed_forward(

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that only an NVIDIA card can say, in one call: the kernels' tests on it, memory errors, times.
+# Needs torch, triton, pytest and this repository; nothing is installed. Results go to $OUT (by default ./card).
+#
+#     bash tests/on_card.sh
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-card}
+mkdir -p "$OUT"
+export PYTHONPATH=. TRITON_INTERPRET=0
+python3 -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' || exit 4
+suite=(python3 -m pytest -q --noconftest -W default -p no:cacheprovider -k "not machine")
+tests=(tests/test_kernels_{int8_gemm,grouped_gemm,grouped_int4,routing,experts,quantize,rope,label_score,attention,paged_attention,mla}.py)
+failed=0
+"${suite[@]}" "${tests[@]}" 2>&1 | tee "$OUT/tests.log" || failed=1
+if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "${suite[@]}" -x tests/test_kernels_{experts,int8_gemm}.py > "$OUT/$tool.log" 2>&1 || failed=1
+        tail -n 3 "$OUT/$tool.log"
+    done
+fi
+python3 -m jobs.bench_kernels > "$OUT/kernels.json" && python3 - "$OUT/kernels.json" <<'PYTHON' || failed=1
+import json, sys
+from jobs.bench_kernels import as_text
+print(as_text(json.load(open(sys.argv[1]))))
+PYTHON
+exit $failed

@@ -1,0 +1,77 @@
+"""Experts, INT4, sinks: each kernel beside its plain twin, on ragged and extreme shapes."""
+
+import pytest
+import torch
+
+from kernels import cpu, reference
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "kept", "chosen"), [(1, 1, 1, 1), (5, 1, 1, 5), (12, 4, 2, 3), (8, 8, 3, 2)]
+)
+def test_experts_are_chosen_as_the_twin_chooses(experts: int, groups: int, kept: int, chosen: int) -> None:
+    scores = random(37, experts)
+    scores[3] = 0.0
+    scores[4] = -7.0
+    for bias in (None, random(experts, seed=1) * 3):
+        got = cpu.choose_experts(scores, bias, chosen, groups, kept)
+        assert torch.equal(got, reference.choose_experts(scores, bias, chosen, groups, kept))
+
+
+def test_of_equal_experts_the_lower_wins() -> None:
+    assert cpu.choose_experts(torch.zeros(2, 9), None, 3, 1, 1).tolist() == [[0, 1, 2]] * 2
+    assert cpu.choose_experts(torch.zeros(1, 8), None, 3, 4, 2).tolist() == [[0, 1, 2]]
+
+
+def test_excluded_groups_lose_even_with_negative_scores() -> None:
+    """Old remote code wrote 0.0 for them, which beats a negative biased score."""
+    scores = torch.tensor([[-1.0, -1.1, -5.0, -5.1]])
+    assert cpu.choose_experts(scores, None, 2, 2, 1).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 3), (33, 7168, 384), (3, 40, 9, 8)])
+def test_rows_are_multiplied_as_the_twin_does_and_alone(shape: tuple[int, ...]) -> None:
+    *batch, rows, k, n = shape if len(shape) > 3 else (*shape[:1], *shape[1:])
+    x, weight = random(*batch, rows, k), random(*batch, k, n, seed=1)
+    whole = cpu.row_matmul(x, weight)
+    # The rounding of k products and k sums, each of values near 1.
+    torch.testing.assert_close(whole, reference.row_matmul(x, weight), rtol=0, atol=2e-7 * k**0.5 * 8)
+    for start, stop in ((0, 1), (rows // 2, rows // 2 + 1), (rows // 3, rows)):
+        assert torch.equal(cpu.row_matmul(x[..., start:stop, :].contiguous(), weight), whole[..., start:stop, :])
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_int4_is_the_twin_within_bfloat16(group_size: int) -> None:
+    n, k = 48, 256
+    weight = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    scale = (random(n, k // group_size).abs() / 50).bfloat16().float()
+    packed, scales = cpu.int4_pack(weight, scale)
+    for rows in (1, 2, 5, 33):
+        x = random(rows, k).bfloat16().float()
+        got, expected = cpu.int4_linear(x, packed, scales, group_size), reference.int4_linear(x, weight, scale)
+        # Weights and results are each rounded to bfloat16, 2**-9 of themselves.
+        bound = 2**-8 * (expected.abs() + (x.abs() @ (weight * scale.repeat_interleave(group_size, 1)).abs().t()) / 8)
+        assert ((got - expected).abs() <= bound).all()
+        for row in range(rows):
+            assert torch.equal(cpu.int4_linear(x[row : row + 1], packed, scales, group_size)[0], got[row])
+
+
+def test_a_sink_takes_its_share() -> None:
+    q, k, v = random(2, 6, 5, 8), random(2, 2, 11, 8, seed=1), random(2, 2, 11, 4, seed=2)
+    visible = torch.ones(5, 11, dtype=torch.bool).tril(6)
+    sinks = torch.tensor([-50.0, 0.0, 3.0, 50.0, 1.0, -1.0])
+    got = cpu.attention(q, k, v, visible, 0.3, sinks)
+    torch.testing.assert_close(got, reference.attention(q, k, v, visible, 0.3, sinks), rtol=0, atol=2e-6)
+    assert got[:, 3].abs().max() < 1e-15
+    torch.testing.assert_close(got[:, 0], cpu.attention(q, k, v, visible, 0.3)[:, 0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("limit", [0.5, 7.0])
+def test_the_clamped_activation_is_the_twins(limit: float) -> None:
+    gate_up = torch.cat([random(9, 14) * 6, torch.tensor([[-1e4, 1e4, 0.0, -0.0, 88.0, -88.0, 7.0] * 2])])
+    got, expected = cpu.clamped_swiglu(gate_up, 1.702, limit), reference.clamped_swiglu(gate_up, 1.702, limit)
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-6)
