@@ -94,7 +94,7 @@ def _normalizer_kernel(
     for d in range(0, D, BLOCK_D):
         hidden_tile = _load_rows(hidden, first_t, T, d, D, TMA, BLOCK_T, BLOCK_D)
         head_tile = _load_rows(head, first_v, V, d, D, TMA, BLOCK_V, BLOCK_D)
-        logits = dot(hidden_tile, head_tile.T, logits)
+        logits = dot(hidden_tile, head_tile.T, logits, FLOAT32="tf32")
     t, v = first_t + tl.arange(0, BLOCK_T), first_v + tl.arange(0, BLOCK_V)
     logits = tl.where((v < V)[None, :], logits * LOG2_E, float("-inf"))
     largest = tl.max(logits, axis=1)

@@ -33,8 +33,10 @@ def to_dtype(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """Return acc + a @ b in float32, of floating-point tiles."""
+def dot(a, b, acc, FLOAT32: tl.constexpr = "ieee"):
+    """Return acc + a @ b in float32, of floating-point tiles; a card may round float32 ones to "tf32" if told to."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=FLOAT32)
