@@ -128,10 +128,9 @@ def _attention_kernel(
     first_position = block * BLOCK_M // GROUP
     # Addresses within a tile fit in int32: in int64, those of `out` alone spilled.
     block_start = first_token + first_position
-    columns = tl.arange(0, BLOCK_D)
     q_ptr += block_start * stride_qt + kv_head * GROUP * stride_qh
     q_offsets = (positions - first_position)[:, None] * stride_qt + (rows % GROUP)[:, None] * stride_qh
-    q = tl.load(q_ptr + q_offsets + columns[None, :], mask=in_queries[:, None], other=0.0)
+    q = tl.load(q_ptr + q_offsets + tl.arange(0, BLOCK_D)[None, :], mask=in_queries[:, None], other=0.0)
     q_rest = q
     if BLOCK_REST:
         rest = BLOCK_D + tl.arange(0, BLOCK_REST)

@@ -109,6 +109,20 @@ def test_the_config_of_a_conversion_is_the_sources_and_contradicts_nothing(tmp_p
     assert raw == {**config_json("kimi_k2"), **changed}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_conversion_names_its_class_even_if_its_source_names_none_or_one_of_its_own(
+    family: str, tmp_path: Path
+) -> None:
+    """A Qwen3 without a class is an embedding model to vLLM; GGUF names none."""
+    known = config_json(family)["architectures"]
+    for number, given in enumerate((None, ["KimiForeignCode"])):
+        source = write_checkpoint(tmp_path / str(number) / "source", family=family, architectures=given)
+        folder = source.with_name("converted")
+        folder.mkdir()
+        convert(open_checkpoint(str(source)), folder, None)
+        assert json.loads((folder / "config.json").read_text())["architectures"] == known
+
+
 class Killed(Exception):
     pass
 

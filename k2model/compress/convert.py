@@ -204,6 +204,8 @@ def _config_json(conversion: Conversion) -> dict[str, object]:
     config = {k: v for k, v in text_config(conversion.source.config_json()).items() if k not in left_out}
     if config["model_type"] == "kimi_k2":  # the same computation, under the name that needs no code of its own
         config["model_type"] = "deepseek_v3"
+    # GGUF names no class, and vLLM's guess for Qwen3 is an embedding model; Kimi's own class needs its makers' code.
+    config["architectures"] = [_ARCHITECTURES[str(config["model_type"])]]
     linears = [p for p in parameters(conversion.config) if p.is_linear]
     int4 = [p for p in linears if conversion.int4 == "keep" and _linear_storage(conversion, p) == "int4"]
     group_size = conversion.weights.scheme.int4_group_size
@@ -227,6 +229,17 @@ def _targets(some: list[Parameter], linears: list[Parameter]) -> list[str]:
             targets += [name.removesuffix(".weight") for name in of_role if name in names]
     return targets
 
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+"""The class that opens each model_type, in transformers and in vLLM."""
 
 _PATTERNS = {
     "attention": "re:.*self_attn\\..*",
