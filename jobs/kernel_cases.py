@@ -14,7 +14,7 @@ _TOKENS = {"cpu": (1, 32, 512), "cuda": (1, 16, 64, 512, 4096, 16384)}
 _KEYS = {"cpu": (256, 2048), "cuda": (1024, 8192, 32768)}
 _SEQUENCES = {"cpu": 8, "cuda": 64}
 _CPU_EXPERTS = 16
-"""All 384 of K2 are 17 GB; a CPU times this many, at as many tokens for each as the whole layer would get."""
+"""All 384 of K2 are 17 GB; a CPU times this many. One for each token is Qwen3's share; Moonlight's is 1.5, K2's 0.33."""
 _PAGE = 64
 
 
@@ -91,13 +91,13 @@ def _row_cases(model: Model, tokens: int, device: str) -> Iterator[Case]:
     yield Case(
         kernel="rms_norm_quantize", model=model.name, shape=f"{tokens}x{d}", size=tokens,
         ours=lambda: ops.rms_norm_quantize(x, residual, weight, 1e-6),
-        peer=lambda: _quantize_in_steps(functional.rms_norm(x + residual, (d,), weight, 1e-6)),
+        peer=lambda: reference.quantize_rows(functional.rms_norm(x + residual, (d,), weight, 1e-6)),
         peer_name="functional.rms_norm, then amax, divide, round", bytes=tokens * d * (3 * wide + 1),
     )  # fmt: skip
     yield Case(
         kernel="swiglu_quantize", model=model.name, shape=f"{tokens}x{2 * f}", size=tokens,
         ours=lambda: ops.swiglu_quantize(gate_up),
-        peer=lambda: _quantize_in_steps(functional.silu(gate_up[:, :f]) * gate_up[:, f:]),
+        peer=lambda: reference.quantize_rows(functional.silu(gate_up[:, :f]) * gate_up[:, f:]),
         peer_name="silu, multiply, then amax, divide, round", bytes=tokens * f * (2 * wide + 1),
     )  # fmt: skip
 
@@ -129,11 +129,11 @@ def _expert_case(model: Model, experts: tuple[int, int], tokens: int, device: st
     drawn = torch.rand(tokens, count, device=device).argsort(dim=1)[:, :chosen].sort(dim=1).values
     weights = torch.rand(tokens, chosen, device=device)
     visited = len(drawn.unique())
-    run = _experts_on_card if device == "cuda" else _experts_on_cpu
+    runner = _experts_on_card if device == "cuda" else _experts_on_cpu
     float_gate_up, float_down = gate_up.bfloat16(), down.bfloat16()
     return Case(
         kernel="experts", model=model.name, shape=f"{tokens}x{d}, {chosen} of {count} x {f}", size=tokens,
-        ours=partial(run, x, drawn, weights, (gate_up, gate_up_scale), (down, down_scale)),
+        ours=runner(x, drawn, weights, (gate_up, gate_up_scale), (down, down_scale)),
         peer=lambda: _experts_in_a_loop(x.bfloat16(), drawn, weights, float_gate_up, float_down),
         peer_name="a loop over experts in bfloat16",
         operations=tokens * chosen * 6 * d * f, bytes=visited * 3 * d * f + tokens * d * 2 * x.dtype.itemsize,
@@ -264,25 +264,25 @@ def _layer_case(model: Model, heads: tuple[int, int, int], tokens: int) -> Case:
 
 def _experts_on_cpu(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return what the decoder's experts return for router choices that are made already."""
+) -> Callable[[], Tensor]:
+    """Return a call of the decoder's experts, their router's choices made already."""
     from k2model.decoder.feed_forward import FeedForward, run_experts
     from k2model.decoder.linear import Int8Linear
 
     pairs = zip(*gate_up, *down, strict=True)
     experts = [FeedForward(Int8Linear(a, b), Int8Linear(c, e)) for a, b, c, e in pairs]
-    return run_experts(experts, x, expert_ids, expert_weights)
+    return partial(run_experts, experts, x, expert_ids, expert_weights)
 
 
 def _experts_on_card(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]
-) -> Tensor:
+) -> Callable[[], Tensor]:
     from kernels.experts import int8_experts
 
     counts = torch.full((len(x),), expert_ids.shape[1], dtype=torch.int32, device=x.device)
-    quantized = ops.quantize_rows(x)
-    return int8_experts(
-        *quantized, expert_ids.int(), expert_weights, counts, *gate_up, *down, out_dtype=x.dtype
+    ids = expert_ids.int()
+    return lambda: int8_experts(
+        *ops.quantize_rows(x), ids, expert_weights, counts, *gate_up, *down, out_dtype=x.dtype
     )  # fmt: skip
 
 
@@ -295,10 +295,6 @@ def _experts_in_a_loop(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, ga
         y = functional.linear(functional.silu(gate) * up, down[expert])
         out.index_add_(0, rows, y * expert_weights[rows, slots, None].to(y.dtype))
     return out
-
-
-def _quantize_in_steps(x: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.quantize_rows(x)
 
 
 def _activation_dtype(device: str) -> torch.dtype:

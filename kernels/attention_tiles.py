@@ -1,7 +1,7 @@
 """Tiles of the attention kernels by card, head size and dtype; never by how many tokens there are, so bits stay.
 
 No measurement stands behind these numbers yet: they are chosen by machine code, which must not spill a register (the
-tests compile every tile).
+tests compile every tile of the tables).
 """
 
 from dataclasses import dataclass
