@@ -14,7 +14,7 @@ _TOKENS = {"cpu": (1, 32, 512), "cuda": (1, 16, 64, 512, 4096, 16384)}
 _KEYS = {"cpu": (256, 2048), "cuda": (1024, 8192, 32768)}
 _SEQUENCES = {"cpu": 8, "cuda": 64}
 _CPU_EXPERTS = 16
-"""All 384 of K2 are 17 GB; a CPU times this many. One for each token is Qwen3's share; Moonlight's is 1.5, K2's 0.33."""
+"""All 384 of K2 are 17 GB; a CPU times this many. One a token is Qwen3's share; Moonlight's is 1.5, K2's 0.33."""
 _PAGE = 64
 
 
