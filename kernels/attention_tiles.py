@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.cpu import ShapeError
+from kernels.tiles import compute_capability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +58,7 @@ FLOAT32_TILE = AttentionTile(block_m=32, block_n=32, num_warps=4, num_stages=2)
 
 def capability(device: torch.device) -> int:
     """Return the kind of card: 90 is Hopper and later, 80 the rest. Without a card the interpreter takes any tile."""
-    if device.type != "cuda":
-        return 90
-    return 90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80
+    return 90 if compute_capability(device) >= 90 else 80
 
 
 def attention_tile(card: int, width: int, dtype: torch.dtype) -> AttentionTile:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.grouped_gemm import combine, expert_linear
 from kernels.quantize import swiglu_quantize
 from kernels.routing import align_tokens
-from kernels.tiles import grouped_tile
+from kernels.tiles import compute_capability, grouped_tile
 
 
 def int8_experts(
@@ -46,8 +46,7 @@ def int8_experts(
 
     Raises: ShapeError if the tensors do not fit each other.
     """
-    major, minor = torch.cuda.get_device_capability(x_int8.device) if x_int8.is_cuda else (9, 0)
-    tile = grouped_tile(10 * major + minor, expert_ids.numel(), len(gate_up))
+    tile = grouped_tile(compute_capability(x_int8.device), expert_ids.numel(), len(gate_up))
     blocks = align_tokens(expert_ids, len(gate_up), tile.block_m)
     hidden = expert_linear(
         x_int8, x_scale, gate_up, gate_up_scale, *blocks,

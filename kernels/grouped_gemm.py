@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cpu import MAX_IN_FEATURES, ShapeError
 from kernels.language import NO_FUSION, to_dtype
-from kernels.tiles import Tile
+from kernels.tiles import Tile, compute_capability
 
 _COMBINE_BLOCK = 1024
 """Features summed by a program: 8 a thread, loads of 16 bytes."""
@@ -275,4 +275,4 @@ def is_laid_out(tensor: Tensor, *shape: int) -> bool:
 
 def _has_tma(device: torch.device) -> bool:
     """Return whether the card has TMA; the interpreter plays one that has."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return compute_capability(device) >= 90

@@ -14,25 +14,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cpu import MAX_IN_FEATURES, ShapeError
-from kernels.language import NO_FUSION, to_dtype
-from kernels.tiles import Tile, dense_tile, is_hopper
+from kernels.language import NO_FUSION, load_tile, to_dtype
+from kernels.tiles import Tile, compute_capability, dense_tile, is_hopper
 
 _SUM_BLOCK = 1024
 """Columns that one program of `_sum_splits_kernel` adds: 8 per thread, two 16-byte loads of each split."""
-
-
-@triton.jit
-def _load_tile(
-    source, first_row, first_k, rows, K, stride, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Return ROWS x COLUMNS of `source`, a descriptor or a pointer, with zeros beyond its last row and column."""
-    if TMA:
-        return source.load([first_row, first_k])
-    else:
-        row = first_row + tl.arange(0, ROWS)
-        k = first_k + tl.arange(0, COLUMNS)
-        inside = (row < rows)[:, None] & (k < K)[None, :]
-        return tl.load(source + row[:, None].to(tl.int64) * stride + k[None, :], mask=inside, other=0)
 
 
 @triton.jit
@@ -71,8 +57,8 @@ def _int8_linear_kernel(
         first_n = tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
         for k in range(0, K, BLOCK_K):
-            x_tile = _load_tile(x, first_m, k, M, K, stride_xm, TMA, BLOCK_M, BLOCK_K)
-            weight_tile = _load_tile(weight, first_n, k, N, K, stride_wn, TMA, BLOCK_N, BLOCK_K)
+            x_tile = load_tile(x, first_m, k, M, K, stride_xm, TMA, BLOCK_M, BLOCK_K)
+            weight_tile = load_tile(weight, first_n, k, N, K, stride_wn, TMA, BLOCK_N, BLOCK_K)
             acc = tl.dot(x_tile, weight_tile.T, acc, out_dtype=tl.int32)
         m = first_m + tl.arange(0, BLOCK_M)
         n = first_n + tl.arange(0, BLOCK_N)
@@ -152,8 +138,8 @@ def _int8_decode_kernel(
     first_k = split * k_per_split
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for k in range(first_k, tl.minimum(first_k + k_per_split, K), BLOCK_K):
-        weight_tile = _load_tile(weight, first_n, k, N, K, stride_wn, TMA, BLOCK_N, BLOCK_K)
-        x_tile = _load_tile(x, first_m, k, M, K, stride_xm, TMA, BLOCK_M, BLOCK_K)
+        weight_tile = load_tile(weight, first_n, k, N, K, stride_wn, TMA, BLOCK_N, BLOCK_K)
+        x_tile = load_tile(x, first_m, k, M, K, stride_xm, TMA, BLOCK_M, BLOCK_K)
         acc = tl.dot(weight_tile, x_tile.T, acc, out_dtype=tl.int32)
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
@@ -307,10 +293,8 @@ def _check(x_int8: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
 @functools.cache
 def _card(device: torch.device) -> tuple[int, int]:
     """Return a device's compute capability and multiprocessors; under the interpreter, those of an H100."""
-    if device.type != "cuda":
-        return 90, 132
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return compute_capability(device), num_sms
 
 
 def _tma_reads(*tensors: Tensor) -> bool:

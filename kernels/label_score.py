@@ -12,9 +12,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cpu import ShapeError
-from kernels.language import NO_FUSION, dot
+from kernels.language import NO_FUSION, dot, load_tile
+from kernels.softmax import LOG2E
+from kernels.tiles import compute_capability
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 GROUP_T = tl.constexpr(16)
@@ -71,17 +72,6 @@ def label_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
 
 
 @triton.jit
-def _load_rows(source, first, rows, d, D, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return source[first : first + BLOCK, d : d + BLOCK_D], zeros beyond its `rows` and D columns."""
-    if TMA:
-        return source.load([first, d])
-    else:
-        row, column = first + tl.arange(0, BLOCK), d + tl.arange(0, BLOCK_D)
-        inside = (row < rows)[:, None] & (column < D)[None, :]
-        return tl.load(source + row[:, None].to(tl.int64) * D + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
 def _normalizer_kernel(
     hidden, head, partials_ptr, T, V, D: tl.constexpr,
     TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,11 +82,11 @@ def _normalizer_kernel(
     first_t, first_v = token_block * BLOCK_T, split * BLOCK_V
     logits = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for d in range(0, D, BLOCK_D):
-        hidden_tile = _load_rows(hidden, first_t, T, d, D, TMA, BLOCK_T, BLOCK_D)
-        head_tile = _load_rows(head, first_v, V, d, D, TMA, BLOCK_V, BLOCK_D)
+        hidden_tile = load_tile(hidden, first_t, d, T, D, D, TMA, BLOCK_T, BLOCK_D)
+        head_tile = load_tile(head, first_v, d, V, D, D, TMA, BLOCK_V, BLOCK_D)
         logits = dot(hidden_tile, head_tile.T, logits, FLOAT32="tf32")
     t, v = first_t + tl.arange(0, BLOCK_T), first_v + tl.arange(0, BLOCK_V)
-    logits = tl.where((v < V)[None, :], logits * LOG2_E, float("-inf"))
+    logits = tl.where((v < V)[None, :], logits * LOG2E, float("-inf"))
     largest = tl.max(logits, axis=1)
     total = tl.sum(tl.exp2(logits - largest[:, None]), axis=1)
     tl.store(partials_ptr + t.to(tl.int64) * splits + split, largest + tl.log2(total), mask=t < T)
@@ -163,7 +153,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
 
 def _architecture(device: torch.device) -> int:
     """Return the key of TILES for a card; the interpreter runs what Hopper runs."""
-    return 80 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10) else 90
+    return 90 if compute_capability(device) // 10 in (9, 10) else 80
 
 
 def _check(function: str, hidden: Tensor, head: Tensor, token_ids: Tensor) -> None:

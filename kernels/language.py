@@ -40,3 +40,17 @@ def dot(a, b, acc, FLOAT32: tl.constexpr = "ieee"):
         b = b.to(tl.float32)
         return tl.dot(a, b, acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=FLOAT32)
+
+
+@triton.jit
+def load_tile(
+    source, first_row, first_k, rows, K, stride, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Return ROWS x COLUMNS of `source`, a descriptor or a pointer, with zeros beyond its last row and column."""
+    if TMA:
+        return source.load([first_row, first_k])
+    else:
+        row = first_row + tl.arange(0, ROWS)
+        k = first_k + tl.arange(0, COLUMNS)
+        inside = (row < rows)[:, None] & (k < K)[None, :]
+        return tl.load(source + row[:, None].to(tl.int64) * stride + k[None, :], mask=inside, other=0)

@@ -8,6 +8,8 @@ by counting what the busiest multiprocessor must fetch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
@@ -76,6 +78,12 @@ MIN_SPLIT_COLUMNS = 1024
 """The least part of K worth a program of its own: on sm_90 four steps, which fill the stages once."""
 
 
+def compute_capability(device: torch.device) -> int:
+    """Return 10 times a card's major capability plus its minor; under the interpreter, an H100's 90."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
 def is_hopper(capability: int) -> bool:
     """Return whether a card has wgmma, and TMA to feed it. Blackwell has no wgmma."""
     return 90 <= capability < 100
@@ -139,12 +147,12 @@ GROUPED_INT4_SM80: Mapping[int, Tile] = {
 
 def grouped_tile(capability: int, num_slots: int, num_experts: int) -> Tile:
     """Return the tile of `expert_linear`: the smallest block that holds a mean expert's slots, or the largest."""
-    return _grouped(GROUPED_SM90 if 90 <= capability < 100 else GROUPED_SM80, num_slots, num_experts)
+    return _grouped(GROUPED_SM90 if is_hopper(capability) else GROUPED_SM80, num_slots, num_experts)
 
 
 def grouped_int4_tile(capability: int, num_slots: int, num_experts: int) -> Tile:
     """Return the tile of `expert_linear_int4`, chosen likewise."""
-    return _grouped(GROUPED_INT4_SM90 if 90 <= capability < 100 else GROUPED_INT4_SM80, num_slots, num_experts)
+    return _grouped(GROUPED_INT4_SM90 if is_hopper(capability) else GROUPED_INT4_SM80, num_slots, num_experts)
 
 
 def _grouped(tiles: Mapping[int, Tile], num_slots: int, num_experts: int) -> Tile:
