@@ -62,11 +62,12 @@ def test_a_layer_of_experts_is_its_twins_with_and_without_dropped_slots() -> Non
     for threshold in (0.0, 0.3):
         with poisoned_outputs():
             got = layer(x, logits, shared, threshold)
-        # The gate's exp may put a value at a tie on its other side: one of 127 steps of one term, of up to 127 * 0.03.
         expected = twin(x, logits, shared, threshold)
-        close = (got - expected).abs() <= 1e-5 * expected.abs().amax()
-        assert close.float().mean() > 0.99
-        torch.testing.assert_close(got, expected, rtol=0, atol=2 * 127 * 0.03 * expected.abs().amax().item() / 127)
+        # int32 sums are exact: what differs is the rounding of the float steps around them, some ten of 2**-24 each.
+        # A card's exp may also put a gate's value on the other side of a tie, one of 127 steps of its row.
+        error = (got - expected).abs() / expected.abs().amax()
+        assert (error <= 10 * 2**-24).float().mean() > 0.99
+        assert error.max() <= 1 / 127
 
 
 def test_a_tokens_bits_are_its_own() -> None:
