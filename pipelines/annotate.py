@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from k2model.engine.request import Completion, Request, SupportsSubmit
+from k2model.engine.request import GREEDY, Completion, Request, SupportsSubmit
 from k2model.tokenizer import Tokenizer
 from schemas.annotations import ROW_FIELDS, output_schema, task_columns
 from schemas.errors import BlankText, InvalidText, NullText, RowError
@@ -223,7 +223,7 @@ def _ask(texts: Sequence[str | RowError], prompts: SupportsPrompts) -> list[_Ask
 
 
 def hash_requests(requests: Sequence[Request]) -> str:
-    """Return 32 hex digits that name all token ids of `requests`, prompts, candidates and limits alike."""
+    """Return 32 hex digits that name all that `requests` ask: prompts, candidates, limits, and how tokens are drawn."""
     # Every list is preceded by its length, so that no two different requests give the same numbers.
     numbers = array("q", [len(requests)])
     for request in requests:
@@ -233,7 +233,11 @@ def hash_requests(requests: Sequence[Request]) -> str:
         for candidate in request.candidates:
             numbers.extend((len(candidate.token_ids), candidate.num_scored))
             numbers.extend(candidate.token_ids)
-    return hashlib.sha256(numbers).hexdigest()[:32]
+    names = hashlib.sha256(numbers)
+    drawn = [(request.stop_strings, request.grammar, request.sampling) for request in requests]
+    if any(how != ((), None, GREEDY) for how in drawn):
+        names.update(repr(drawn).encode())
+    return names.hexdigest()[:32]
 
 
 def _answer(distinct: Mapping[str, _Asked], prompts: SupportsPrompts, engine: SupportsSubmit) -> dict[str, _Answered]:

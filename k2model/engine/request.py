@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers. Token ids only; no tensor, no text."""
+"""What the engine is asked and what it answers. Token ids; text only where an answer must match or end at it."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,8 +16,32 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a generated token is drawn."""
+
+    temperature: float = 0.0
+    """0: the likeliest token, always."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """Of this request's own random numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text must match."""
+
+    kind: str
+    """`json_schema`, `regex`, or `choices` (a JSON list of strings)."""
+    text: str
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt, with candidates to score, or with a number of tokens to generate (greedily)."""
+    """One prompt, with candidates to score, or with a number of tokens to generate."""
 
     prompt_ids: tuple[int, ...]
     num_prefix_tokens: int = 0
@@ -26,6 +50,10 @@ class Request:
     candidates: tuple[Candidate, ...] = ()
     max_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    """Generation ends before the first of these."""
+    sampling: Sampling = GREEDY
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
