@@ -22,7 +22,7 @@ from k2model.decoder.feed_forward import MixtureOfExperts
 from k2model.decoder.linear import LinearReader
 from k2model.decoder.model import Layer, read_layer
 from k2model.decoder.rope import cos_sin, inverse_frequencies
-from k2model.decoder.step import Group, Step, causal
+from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, cache_folder, open_checkpoint
 from k2model.formats.compressed_tensors import pack_int4, quantization_config
 from k2model.formats.export import ShardWriter
@@ -90,11 +90,10 @@ def _time_step(config: ModelConfig, read: Layer, tokens: int, rounds: int, rates
     moe = read.feed_forward
     assert isinstance(moe, MixtureOfExperts)
     hidden = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens))
-    step = Step(torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens), [Group(1, tokens, causal(tokens, 0))])
+    step = Step([Span((0,) * tokens)])
     rope = cos_sin(config.rope, inverse_frequencies(config.rope), step.positions)
-    visible = step.visible(None)
     normed = cpu.rms_norm(hidden, read.input_layernorm, read.eps)
-    whole_s = _median(lambda: read.forward(hidden, rope, step.groups, visible, torch.float32), rounds)
+    whole_s = _median(lambda: read.forward(hidden, rope, step, None, torch.float32), rounds)
     experts_s = _median(lambda: moe.forward(normed), rounds)
     used = len(moe.router.choose(moe.router.logits(normed))[0].unique())
     flops, read_bytes = 0.0, 0.0

@@ -154,8 +154,13 @@ def _prefill_case(model: Model, heads: tuple[int, int, int], tokens: int, device
         starts = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
         ours: Callable[[], object] = lambda: packed_prefill(q, k, v, starts, length, scale)  # noqa: E731
     else:
-        visible = torch.ones(length, length, dtype=torch.bool).tril()
-        ours = lambda: cpu.attention(batch_q, batch_k, batch_v, visible, scale)  # noqa: E731
+        from k2model.decoder.step import TILE
+
+        size = min(length, TILE)
+        hidden = torch.ones(1, size, size, dtype=torch.bool).triu(1)
+        causal = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+        tiles = [(count, causal)] * (length // size)
+        ours = lambda: cpu.tiled_attention(batch_q, batch_k, batch_v, tiles, scale).transpose(1, 2)  # noqa: E731
     return Case(
         kernel="prefill attention", model=model.name, shape=f"{count} of {length}, {h}/{g} heads of {head_dim}",
         size=tokens, ours=ours, peer_name="SDPA",
@@ -183,8 +188,8 @@ def _decode_case(model: Model, keys: int, device: str) -> Case:
         lens = torch.full((count,), keys, dtype=torch.int32, device=device)
         ours: Callable[[], object] = lambda: paged_decode(q, paged_k, paged_v, table, lens, scale)  # noqa: E731
     else:
-        visible = torch.ones(1, keys, dtype=torch.bool)
-        ours = lambda: cpu.attention(q[:, :, None], k, v, visible, scale)  # noqa: E731
+        seen = torch.zeros(1, 1, 1)
+        ours = lambda: cpu.attention(q[:, :, None], k, v, seen, scale)  # noqa: E731
     return Case(
         kernel="decode attention", model=model.name, shape=f"{count} x {keys} keys, {h}/{g} heads of {head_dim}",
         size=keys, ours=ours, peer_name="SDPA",
@@ -205,8 +210,8 @@ def _latent_case(model: Model, keys: int, device: str) -> Case:
         paged, lens = latent.view(-1, _PAGE, 576), torch.full((count,), keys, dtype=torch.int32, device=device)
         ours: Callable[[], object] = lambda: mla_decode(q, paged, table, lens, scale)  # noqa: E731
     else:
-        visible = torch.ones(1, keys, dtype=torch.bool)
-        ours = lambda: cpu.attention(q[:, :, None], latent, latent[..., :512], visible, scale)  # noqa: E731
+        seen = torch.zeros(1, 1, 1)
+        ours = lambda: cpu.attention(q[:, :, None], latent, latent[..., :512], seen, scale)  # noqa: E731
     return Case(
         kernel="latent decode attention", model=model.name, shape=f"{count} x {keys} keys, {h} heads", size=keys,
         ours=ours, peer_name="SDPA",
@@ -238,7 +243,7 @@ def _layer_case(model: Model, heads: tuple[int, int, int], tokens: int) -> Case:
     from k2model.decoder.feed_forward import FeedForward
     from k2model.decoder.linear import Int8Linear
     from k2model.decoder.model import Layer
-    from k2model.decoder.step import Group, causal
+    from k2model.decoder.step import Span, Step
 
     (h, g, head_dim), d, f = heads, model.hidden_size, model.intermediate_size
     shapes = ((h + 2 * g) * head_dim, d), (d, h * head_dim), (2 * f, d), (d, f)
@@ -250,13 +255,13 @@ def _layer_case(model: Model, heads: tuple[int, int, int], tokens: int) -> Case:
     attention = Attention(config, 0, qkv, o, None, None, None, 1e-5)
     layer = Layer(torch.ones(d), attention, torch.ones(d), FeedForward(gate_up, down), 1e-5)
     length = min(tokens, 128)
-    x, group = _random("cpu", tokens, d), Group(tokens // length, length, causal(length, 0))
+    x, step = _random("cpu", tokens, d), Step([Span((0,) * length)] * (tokens // length))
     rope = _random("cpu", tokens, head_dim // 2), _random("cpu", tokens, head_dim // 2)
     products = [(random_int8("cpu", tokens, k), linear.weight) for linear, (_, k) in
                 zip((qkv, o, gate_up, down), shapes, strict=True)]  # fmt: skip
     return Case(
         kernel="decoder layer", model=model.name, shape=f"{tokens} tokens", size=tokens,
-        ours=lambda: layer.forward(x, rope, [group], [group.visible], torch.float32),
+        ours=lambda: layer.forward(x, rope, step, None, torch.float32),
         peer=lambda: [cpu.int8_matmul(*pair) for pair in products], peer_name="its INT8 products alone",
         operations=sum(2 * tokens * n * k for n, k in shapes), bytes=sum(n * k for n, k in shapes),
     )  # fmt: skip

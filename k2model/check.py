@@ -21,7 +21,7 @@ from torch import Tensor
 from k2model.decoder.feed_forward import MixtureOfExperts, Router
 from k2model.decoder.linear import FloatLinear, Linear, LinearReader
 from k2model.decoder.model import Decoder, Layer
-from k2model.decoder.step import Group, Step, causal
+from k2model.decoder.step import TILE, DecodeGroup, Span, Step
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from k2model.formats.compressed_tensors import unpack_int4
 from k2model.formats.weights import in_memory
@@ -228,19 +228,16 @@ def _watched(decoder: Decoder) -> tuple[Decoder, list[Tensor], dict[int, tuple[T
 def _ragged(decoder: Decoder, reference: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits [sum T, V] and final hidden states of all sequences, packed into one step."""
     lengths = [end - start for start, end in itertools.pairwise(reference["ragged.cu_seqlens"].tolist())]
-    groups = [Group(1, length, causal(length, 0)) for length in lengths]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    hidden = decoder.forward(Step(reference["ragged.input_ids"], positions, groups))
+    step = Step([Span(tuple(ids.tolist())) for ids in reference["ragged.input_ids"].split(lengths)])
+    hidden = step.in_given_order(decoder.forward(step))
     return decoder.logits(hidden), hidden
 
 
 def _padded(decoder: Decoder, reference: dict[str, Tensor], side: str) -> Tensor:
-    """Return the logits [sum T, V] of the tokens that are not padding, each sequence computed with its padding."""
-    ids, mask, positions = (reference[f"{side}.{key}"] for key in ("input_ids", "attention_mask", "position_ids"))
-    length, kept = ids.shape[1], mask.bool()
-    groups = [Group(1, length, (causal(length, 0) & row) | torch.eye(length, dtype=torch.bool)) for row in kept]
-    logits = decoder.logits(decoder.forward(Step(ids.reshape(-1), positions.reshape(-1), groups)))
-    return logits[kept.view(-1)]
+    """Return the logits [sum T, V] of a padded batch's own tokens; attention pads them to whole tiles of its own."""
+    ids, mask = reference[f"{side}.input_ids"], reference[f"{side}.attention_mask"].bool()
+    step = Step([Span(tuple(row[kept].tolist())) for row, kept in zip(ids, mask, strict=True)])
+    return decoder.logits(step.in_given_order(decoder.forward(step)))
 
 
 def _greedy(decoder: Decoder, reference: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -251,18 +248,22 @@ def _greedy(decoder: Decoder, reference: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 def _decode(decoder: Decoder, prompts: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
     """Return greedy tokens [B, steps] and their logits [B, steps, V], all prompts in every step, with a cache."""
-    caches = [decoder.allocate(1, len(prompt) + steps) for prompt in prompts]
-    groups = [Group(1, len(p), causal(len(p), 0), cache=c) for p, c in zip(prompts, caches, strict=True)]
-    hidden = decoder.forward(Step(torch.cat(prompts), torch.cat([torch.arange(len(p)) for p in prompts]), groups))
-    last = hidden[torch.tensor([len(p) for p in prompts]).cumsum(0) - 1]
+    kept = [decoder.allocate(0, len(prompt)) for prompt in prompts]
+    step = Step([Span(tuple(p.tolist()), keep=kv) for p, kv in zip(prompts, kept, strict=True)])
+    hidden = decoder.forward(step)
+    last = torch.stack([hidden[rows.stop - 1] for rows in step.rows])
+    longest = max(len(prompt) for prompt in prompts) + steps
+    slots = [decoder.allocate_slots(1, longest // TILE + 1) for _ in prompts]
+    for own, kv in zip(slots, kept, strict=True):
+        own.fill(0, [kv])
     tokens, logits = [], []
-    for step in range(steps):
+    for number in range(steps):
         logits.append(decoder.logits(last))
         tokens.append(logits[-1].argmax(dim=-1))
-        if step + 1 < steps:
-            groups = [Group(1, 1, causal(1, cache.length), cache=cache) for cache in caches]
-            positions = torch.tensor([cache.length for cache in caches])
-            last = decoder.forward(Step(tokens[-1], positions, groups))
+        if number + 1 < steps:
+            lengths = [torch.tensor([len(prompt) + number]) for prompt in prompts]
+            groups = [DecodeGroup(own, length) for own, length in zip(slots, lengths, strict=True)]
+            last = decoder.forward(Step([], [(group, [int(i)]) for group, i in zip(groups, tokens[-1], strict=True)]))
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 
 

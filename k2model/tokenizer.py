@@ -38,6 +38,8 @@ class Tokenizer:
     chat_template: str | None
     special_tokens: Mapping[str, str]
     """`bos_token` and such, as the template may use them."""
+    turn_end_id: int | None = None
+    """The token that the template puts behind the assistant's words; None if it has no such token."""
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
@@ -73,7 +75,9 @@ class Tokenizer:
             chat_template=_chat_template(folder, settings),
             special_tokens={name: text for name, text in special.items() if text is not None},
         )
-        return replace(opened, stop_ids=tuple(sorted({*opened.stop_ids, *opened._turn_end()})))
+        turn_end = opened._turn_end()
+        stop_ids = tuple(sorted({*opened.stop_ids, *turn_end}))
+        return replace(opened, stop_ids=stop_ids, turn_end_id=turn_end[0] if turn_end else None)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as data: a control token written in it is spelled out in plain tokens."""

@@ -14,9 +14,6 @@ from torch import Tensor
 MAX_IN_FEATURES = (2**31 - 1) // 127**2
 """The widest int8 dot product that cannot overflow int32: 133,152 columns of ±127."""
 
-_QUERY_BLOCK = 512
-"""Queries attended at once. Bounds the score matrix; blocks start at the row's own first token, so bits do not move."""
-
 _HEAD_BLOCK = 64
 """Rows per output-embedding product, so that [rows, vocab] logits stay near the cache."""
 
@@ -265,36 +262,58 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> T
     return y.float()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
-    """Return softmax(q kᵀ scale) v as [B, H, L, Dv] float32; products in the dtype of `k`, softmax in float32.
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
+    """Return softmax(q kᵀ scale + bias) v as [B, H, L, Dv] float32.
 
-    Query heads that read one key-value head are stacked as rows of one product. Keys are never padded: sequences of
-    one length attend together, so the order of every sum is a function of the row alone.
+    Query heads that read one key-value head are stacked as rows of one product, so a row's bits depend on L and S, and
+    on nothing else.
 
     Args:
         q: [B, H, L, D] float32.
-        k: [B, G, S, D] float32 or bfloat16.
-        v: [B, G, S, Dv], as k.
-        visible: [L, S] bool; each query sees at least one key.
+        k: [B, G, S, D] float32, a view of rows S apart at will.
+        v: [B, G, S, Dv], likewise.
+        bias: [B or 1, L, W] float32, for the last W keys; each query sees at least one key.
         scale: multiplies the scores.
         sinks: [H], one more score per head, which takes its share of the softmax and adds nothing.
     """
     batch, heads, length, head_dim = q.shape
-    kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    shared = heads // kv_heads
-    k_t = k.reshape(batch * kv_heads, keys, head_dim).transpose(1, 2)
-    v = v.reshape(batch * kv_heads, keys, value_dim)
-    q = q.mul(scale).to(k.dtype).reshape(batch * kv_heads, shared, length, head_dim)
-    hidden = torch.zeros(visible.shape, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
-    out = torch.empty(batch * kv_heads, shared, length, value_dim)
-    for start in range(0, length, _QUERY_BLOCK):
-        block = slice(start, min(start + _QUERY_BLOCK, length))
-        size = block.stop - block.start
-        q_block = q[:, :, block].reshape(batch * kv_heads, shared * size, head_dim)
-        scores = torch.bmm(q_block, k_t).float().view(batch * kv_heads, shared, size, keys)
-        weights = _softmax(scores.add_(hidden[block]), sinks).to(k.dtype).reshape(-1, shared * size, keys)
-        out[:, :, block] = torch.bmm(weights, v).float().view(batch * kv_heads, shared, size, value_dim)
-    return out.view(batch, heads, length, value_dim)
+    kv_heads, keys = k.shape[1:3]
+    stacked = (batch * kv_heads, heads // kv_heads * length)
+    scores = torch.bmm(q.mul(scale).reshape(*stacked, head_dim), k.flatten(0, 1).transpose(1, 2))
+    by_head = scores.view(batch, heads, length, keys)
+    by_head[..., keys - bias.shape[-1] :] += bias[:, None]
+    weights = _softmax(by_head.view(batch * kv_heads, -1, length, keys), sinks).reshape(*stacked, keys)
+    return torch.bmm(weights, v.flatten(0, 1)).view(batch, heads, length, v.shape[3])
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: list[tuple[int, Tensor]],
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return [B, slots, H, Dv] float32: queries tile by tile, each over the keys up to its end.
+
+    A tile's products have one shape whatever stands beside it, so a row's bits depend on its slot alone.
+
+    Args:
+        q: [B, H, slots, D] float32; the last tile of queries stands beside the last keys.
+        k: [B, G, S, D] float32.
+        v: [B, G, S, Dv] float32.
+        tiles: for each tile, how many of the first sequences it has (the rest is undefined), and their bias.
+        scale: multiplies the scores.
+        sinks: [H], as for `attention`.
+    """
+    size = q.shape[2] // len(tiles)
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    for index, (count, bias) in enumerate(tiles):
+        own = slice(index * size, (index + 1) * size)
+        keys = k.shape[2] - q.shape[2] + own.stop
+        attended = attention(q[:count, :, own], k[:count, :, :keys], v[:count, :, :keys], bias, scale, sinks)
+        out[:count, own] = attended.transpose(1, 2)
+    return out
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -325,6 +344,17 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
         normalizer = logits.amax(dim=-1) - torch.log_softmax(logits, dim=-1).amax(dim=-1)
         blocks.append(_exact_logits(rows, head, ids) - normalizer[:, None])
     return torch.cat(blocks)
+
+
+def token_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the logits of `token_ids` [U] alone, [T, U] float32, summed in float32 whatever the dtype of `head`.
+
+    Args:
+        hidden: [T, D] float32, after the final norm.
+        head: [V, D] the output embedding.
+        token_ids: [U] int64.
+    """
+    return row_matmul(hidden, head[token_ids].float().t())
 
 
 def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from k2model.engine.request import GREEDY, Completion, Request, SupportsSubmit
 from k2model.tokenizer import Tokenizer
 from schemas.annotations import ROW_FIELDS, output_schema, task_columns
-from schemas.errors import BlankText, InvalidText, NullText, RowError
+from schemas.errors import BlankText, EngineFailure, InvalidText, NullText, RowError
 from schemas.rejects import REJECTS
 from schemas.runs import Plan, Receipt, Unit
 from schemas.tickets import TicketColumns
@@ -113,6 +113,8 @@ class _Answered:
 
     answers: Mapping[str, object]
     prompt_tokens: int
+    cached_tokens: int
+    """Of the prompts: the instructions, which all rows share. What else was shared depends on the rows beside it."""
     computed_tokens: int
     output_tokens: int
 
@@ -122,9 +124,11 @@ def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: Support
 
     Texts that give the same requests are asked once; the first such row has route `large`, the others `duplicate`.
     """
-    fates = _ask(row_texts(block.table, plan.columns), prompts)
-    distinct = {fate.prompt_hash: fate for fate in fates if isinstance(fate, _Asked)}
-    answered = _answer(distinct, prompts, engine)
+    asked_for = _ask(row_texts(block.table, plan.columns), prompts)
+    distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, _Asked)}
+    outcomes = _answer(distinct, prompts, engine)
+    answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, _Answered)}
+    fates = [_fate(fate, outcomes) for fate in asked_for]
     columns = _columns(fates, answered, plan)
     schema = output_schema(block.table.schema, plan)
     added = [pa.array(columns[name], schema.field(index).type) for index, name in _added(schema, block.table)]
@@ -240,16 +244,30 @@ def hash_requests(requests: Sequence[Request]) -> str:
     return names.hexdigest()[:32]
 
 
-def _answer(distinct: Mapping[str, _Asked], prompts: SupportsPrompts, engine: SupportsSubmit) -> dict[str, _Answered]:
-    """Return the answer to each of `distinct`, all asked in one submission."""
+def _fate(fate: _Asked | RowError, outcomes: Mapping[str, "_Answered | RowError"]) -> _Asked | RowError:
+    """Return `fate`, or why the engine had no answer."""
+    outcome = outcomes.get(fate.prompt_hash) if isinstance(fate, _Asked) else None
+    return outcome if isinstance(outcome, RowError) else fate
+
+
+def _answer(
+    distinct: Mapping[str, _Asked], prompts: SupportsPrompts, engine: SupportsSubmit
+) -> dict[str, _Answered | RowError]:
+    """Return the answer to each of `distinct`, or why there is none; all are asked in one submission."""
     requests = [request for asked in distinct.values() for request in asked.requests]
     completions = iter(engine.submit(requests).result() if requests else ())
-    answered = {}
+    answered: dict[str, _Answered | RowError] = {}
     for name, asked in distinct.items():
         own = [next(completions) for _ in asked.requests]
+        error = next((completion.error for completion in own if completion.error), None)
+        if error is not None:
+            remedy = "try the row in a run of its own; if it fails there, too, please report it"
+            answered[name] = EngineFailure(f"the model could not compute this row: {error}", remedy=remedy)
+            continue
         answered[name] = _Answered(
             answers=prompts.answers(own),
             prompt_tokens=sum(len(request.prompt_ids) for request in asked.requests),
+            cached_tokens=sum(request.num_prefix_tokens for request in asked.requests),
             computed_tokens=sum(completion.computed_tokens for completion in own),
             output_tokens=sum(len(completion.token_ids) for completion in own),
         )
@@ -273,10 +291,9 @@ def _columns(
             answer = answered[fate.prompt_hash]
             is_first = fate.prompt_hash not in seen
             seen.add(fate.prompt_hash)
-            computed = answer.computed_tokens if is_first else 0
             usage = {
                 "prompt_tokens": answer.prompt_tokens,
-                "cached_tokens": max(0, answer.prompt_tokens - computed),
+                "cached_tokens": answer.cached_tokens if is_first else answer.prompt_tokens,
                 "output_tokens": answer.output_tokens,
             }
             route = "large" if is_first else "duplicate"

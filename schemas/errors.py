@@ -92,7 +92,13 @@ class PromptTooLong(RowError):
     code = "prompt_too_long"
 
 
-ROW_ERROR_CODES = tuple(error.code for error in (NullText, BlankText, InvalidText, PromptTooLong))
+class EngineFailure(RowError):
+    """Computing the row failed, alone too: out of memory, or a defect of k2batch."""
+
+    code = "engine_failure"
+
+
+ROW_ERROR_CODES = tuple(error.code for error in (NullText, BlankText, InvalidText, PromptTooLong, EngineFailure))
 """The closed set of values of the `error_code` column."""
 
 FILE_ERROR_CODES = ("unreadable_file", "missing_column", "wrong_type", "name_collision")

@@ -51,6 +51,7 @@ def fake_tokenizer() -> Tokenizer:
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ),
         special_tokens={},
+        turn_end_id=control_ids[1],
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import Group, Step, causal
+from k2model.decoder.step import TILE, DecodeGroup, Span, Step
 from k2model.formats.checkpoint import open_checkpoint
 
 
@@ -25,9 +25,8 @@ def stored_decoder(folder: Path) -> Decoder:
 @torch.inference_mode()
 def packed_hidden(decoder: Decoder, prompts: list[list[int]]) -> Tensor:
     """Return the hidden states [sum T, D] of all sequences packed into one step."""
-    positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
-    groups = [Group(1, len(ids), causal(len(ids), 0)) for ids in prompts]
-    return decoder.forward(Step(torch.tensor([i for ids in prompts for i in ids]), positions, groups))
+    step = Step([Span(tuple(ids)) for ids in prompts])
+    return step.in_given_order(decoder.forward(step))
 
 
 @torch.inference_mode()
@@ -40,13 +39,15 @@ def packed_logits(decoder: Decoder, prompts: list[list[int]]) -> Tensor:
 def forced(decoder: Decoder, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
     """Return the logits [B, steps, V] before each token of `answers`, which are fed one at a time into caches."""
     steps = len(answers[0])
-    caches = [decoder.allocate(1, len(ids) + steps) for ids in prompts]
-    groups = [Group(1, len(ids), causal(len(ids), 0), cache=c) for ids, c in zip(prompts, caches, strict=True)]
-    positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
-    hidden = decoder.forward(Step(torch.tensor([i for ids in prompts for i in ids]), positions, groups))
-    logits = [decoder.logits(hidden[torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1])]
-    for tokens in torch.tensor(answers).unbind(1)[:-1]:
-        groups = [Group(1, 1, causal(1, cache.length), cache=cache) for cache in caches]
-        positions = torch.tensor([cache.length for cache in caches])
-        logits.append(decoder.logits(decoder.forward(Step(tokens, positions, groups))))
+    kept = [decoder.allocate(0, len(ids)) for ids in prompts]
+    step = Step([Span(tuple(ids), keep=kv) for ids, kv in zip(prompts, kept, strict=True)])
+    hidden = decoder.forward(step)
+    logits = [decoder.logits(torch.stack([hidden[rows.stop - 1] for rows in step.rows]))]
+    slots = [decoder.allocate_slots(1, (len(ids) + steps) // TILE + 1) for ids in prompts]
+    for own, kv in zip(slots, kept, strict=True):
+        own.fill(0, [kv])
+    for number, tokens in enumerate(torch.tensor(answers).unbind(1)[:-1]):
+        groups = [DecodeGroup(own, torch.tensor([len(ids) + number])) for own, ids in zip(slots, prompts, strict=True)]
+        fed = [(group, [token]) for group, token in zip(groups, tokens.tolist(), strict=True)]
+        logits.append(decoder.logits(decoder.forward(Step([], fed))))
     return torch.stack(logits, dim=1)

@@ -38,3 +38,8 @@ def poisoned_outputs() -> Iterator[None]:
         for name in real:
             patch.setattr(torch, name, poison(name))
         yield
+
+
+def bias_of(visible: Tensor) -> Tensor:
+    """Return what is added to scores [1, L, S] where each query sees the keys `visible` [L, S] alone."""
+    return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[None]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from jobs import bench_models
 from jobs.cli import main
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import Group, Step, causal
+from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
 
@@ -20,10 +20,9 @@ def write_fixture(folder: Path) -> Path:
     checkpoint = open_checkpoint(str(write_checkpoint(folder, family="deepseek_v3")))
     decoder = Decoder.from_weights(checkpoint.config(), checkpoint.weights(), dtype=torch.float32, expand=True)
     ids = torch.arange(40, 52)
-    groups = [Group(1, 8, causal(8, 0)), Group(1, 4, causal(4, 0))]
-    step = Step(ids, torch.cat([torch.arange(8), torch.arange(4)]), groups)
+    step = Step([Span(tuple(range(40, 48))), Span(tuple(range(48, 52)))])
     with torch.inference_mode():
-        hidden = decoder.forward(step)
+        hidden = step.in_given_order(decoder.forward(step))
         states = {f"seq0.hidden.{len(decoder.layers)}": hidden[:8].clone(), "ragged.logits": decoder.logits(hidden)}
     reference = {"ragged.input_ids": ids, "ragged.cu_seqlens": torch.tensor([0, 8, 12]), **states}
     save_file(reference, folder / "reference.safetensors")

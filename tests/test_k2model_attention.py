@@ -13,7 +13,7 @@ from k2model.decoder.linear import FloatLinear
 from k2model.decoder.mla import LatentAttention
 from k2model.decoder.model import Decoder
 from k2model.decoder.rope import cos_sin, deinterleaved, inverse_frequencies
-from k2model.decoder.step import Group, KeyValues, Step, causal
+from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from k2model.formats.weights import in_memory
 from kernels import cpu
 from tests.checkpoints import config_json, random_tensors
@@ -22,10 +22,6 @@ from tests.checkpoints import config_json, random_tensors
 def decoder_of(raw: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> Decoder:
     weights = in_memory(random_tensors(raw) if tensors is None else tensors, "test")
     return Decoder.from_weights(ModelConfig.from_dict(raw, "test"), weights, dtype=torch.float32, expand=True)
-
-
-def empty_cache(count: int, width: int, capacity: int) -> KeyValues:
-    return KeyValues([torch.full((count, 1, capacity, width), float("nan"))], 0)
 
 
 LATENTS = [
@@ -48,20 +44,24 @@ def test_absorbed_attention_is_expanded_attention(options: dict[str, Any], count
     x = torch.randn(count, length, 48, generator=torch.Generator().manual_seed(1))
     cos, sin = cos_sin(config.rope, inverse_frequencies(config.rope), torch.arange(length))
 
-    def run(tokens: slice, group: Group) -> Tensor:
+    def run(tokens: slice, step: Step) -> Tensor:
         own = x[:, tokens].reshape(-1, 48)
         rope = (cos[tokens].repeat(count, 1), sin[tokens].repeat(count, 1))
-        return attention.forward(own, rope, [group], [group.visible], torch.float32).view(count, -1, 48)
+        return attention.forward(own, rope, step, None, torch.float32).view(count, -1, 48)
+
+    def empty(*shape: int) -> Tensor:
+        width = attention.config.kv_lora_rank + attention.config.qk_rope_head_dim
+        return torch.full((*shape, width), float("nan"))
 
     with torch.inference_mode():
-        whole = run(slice(None), Group(count, length, causal(length, 0)))
-        cache = empty_cache(count, attention.config.kv_lora_rank + attention.config.qk_rope_head_dim, length)
-        first = run(slice(0, 10), Group(count, 10, causal(10, 0), cache=cache))
-        cache.length = 10
-        decoding = Group(count, 1, causal(1, 10), cache=cache)
-        assert decoding.is_decode
-        last = run(slice(10, 11), decoding)
-    assert cache.layers[0].isfinite().all()
+        whole = run(slice(None), Step([Span((0,) * length)] * count))
+        kept = [KeyValues([empty(1, 10)], 0) for _ in range(count)]
+        first = run(slice(0, 10), Step([Span((0,) * 10, keep=kv) for kv in kept]))
+        slots = Slots([torch.zeros_like(empty(count, 1, TILE))])
+        for row, kv in enumerate(kept):
+            assert kv.layers[0].isfinite().all()
+            slots.fill(row, [kv])
+        last = run(slice(10, 11), Step([], [(DecodeGroup(slots, torch.tensor([10] * count)), [0] * count)]))
     torch.testing.assert_close(first, whole[:, :10], rtol=0, atol=1e-5)
     torch.testing.assert_close(last, whole[:, 10:], rtol=0, atol=1e-5)
 
@@ -93,7 +93,9 @@ def naive_latent_attention(raw: dict[str, Any], tensors: dict[str, Tensor], x: T
     outs = []
     for head in range(heads):
         scores = q[:, head, :nope] @ kv[:, head, :nope].t() + turn(q[:, head, nope:]) @ turn(k_rope).t()
-        scores = (scores * attention.softmax_scale).masked_fill(~causal(len(x), 0), float("-inf"))
+        scores = (scores * attention.softmax_scale).masked_fill(
+            torch.ones(len(x), len(x)).triu(1).bool(), float("-inf")
+        )
         outs.append(torch.softmax(scores, dim=-1) @ kv[:, head, nope:])
     return (torch.cat(outs, dim=-1) @ get("o_proj.weight").t()).float()
 
@@ -103,9 +105,8 @@ def test_latent_attention_is_what_the_paper_says() -> None:
     tensors, x = random_tensors(raw), torch.randn(9, 48)
     decoder = decoder_of(raw, tensors)
     rope = cos_sin(decoder.config.rope, decoder.frequencies, torch.arange(9))
-    group = Group(1, 9, causal(9, 0))
     with torch.inference_mode():
-        got = decoder.layers[0].attention.forward(x, rope, [group], [group.visible], torch.float32)
+        got = decoder.layers[0].attention.forward(x, rope, Step([Span((0,) * 9)]), None, torch.float32)
     torch.testing.assert_close(got, naive_latent_attention(raw, tensors, x), rtol=0, atol=1e-5)
 
 
@@ -114,35 +115,6 @@ def test_both_rope_layouts_turn_the_same_pairs() -> None:
     halves = cpu.apply_rope(x[..., deinterleaved(12)], angles.cos(), angles.sin())
     pairs = torch.view_as_complex(x.view(5, 3, 6, 2)) * torch.polar(torch.ones(5, 6), angles)[:, None]
     torch.testing.assert_close(halves, torch.view_as_real(pairs).flatten(-2)[..., deinterleaved(12)])
-
-
-def brute_force(keys: list[int], own: list[int], sees: Tensor, window: int) -> Tensor:
-    """Return `sees` without what lies `window` or more positions before a token."""
-    kept = [[bool(sees[i, j]) and own[i] - keys[j] < window for j in range(len(keys))] for i in range(len(own))]
-    return torch.tensor(kept)
-
-
-@pytest.mark.parametrize("window", [1, 2, 5, 100])
-def test_a_window_counts_positions_behind_prefixes_caches_and_trees(window: int) -> None:
-    branches = torch.zeros(6, 10, dtype=torch.bool)  # 4 keys before; 3 tokens; a tree: 2 children, 1 grandchild
-    branches[:, :4] = True
-    branches[:3, 4:7] = causal(3, 0)
-    branches[3:, 4:7] = True
-    for node, ancestor in ((3, 3), (4, 4), (5, 4), (5, 5)):
-        branches[node, 4 + ancestor] = True
-    places = [4, 5, 6, 7, 7, 8]
-    groups = [
-        (Group(2, 7, causal(7, 0)), list(range(7)), []),
-        (Group(2, 6, branches), places, list(range(4))),
-        (Group(3, 1, causal(1, 9)), [9], list(range(9))),
-        (Group(1, 3, causal(3, 5)), [5, 6, 7], list(range(5))),
-    ]
-    positions = torch.tensor([p for group, own, _ in groups for p in own * group.count])
-    step = Step(torch.zeros_like(positions), positions, [group for group, *_ in groups])
-    for mask, (group, own, past) in zip(step.visible(window), groups, strict=True):
-        assert torch.equal(mask, brute_force([*past, *own], own, group.visible, window))
-        assert mask.any(dim=1).all()
-    assert [torch.equal(a, g.visible) for a, (g, *_) in zip(step.visible(None), groups, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2"])
@@ -166,7 +138,7 @@ def test_a_token_depends_on_exactly_what_its_windows_reach(family: str) -> None:
 def test_a_sink_of_each_head_weakens_that_head_alone() -> None:
     raw = config_json("gpt_oss", num_attention_heads=4, num_key_value_heads=2)
     tensors = random_tensors(raw)
-    x, group = torch.randn(6, 48), Group(1, 6, causal(6, 0))
+    x, step = torch.randn(6, 48), Step([Span((0,) * 6)])
     out = {}
     with torch.inference_mode():
         for which in (None, 0, 3):
@@ -178,7 +150,7 @@ def test_a_sink_of_each_head_weakens_that_head_alone() -> None:
             assert isinstance(attention, Attention)
             attention = replace(attention, o_proj=FloatLinear(torch.eye(64)))
             rope = cos_sin(decoder.config.rope, decoder.frequencies, torch.arange(6))
-            out[which] = attention.forward(x, rope, [group], [group.visible], torch.float32).view(6, 4, 16)
+            out[which] = attention.forward(x, rope, step, None, torch.float32).view(6, 4, 16)
     for which in (0, 3):
         others = [head for head in range(4) if head != which]
         assert out[which][:, which].abs().max() == 0

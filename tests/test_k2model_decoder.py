@@ -13,7 +13,7 @@ from k2model.compress.quantize import quantize_weight
 from k2model.config import ModelConfig
 from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import Group, Step, causal
+from k2model.decoder.step import TILE, DecodeGroup, Span, Step
 from k2model.formats.compressed_tensors import pack_int4
 from k2model.formats.weights import in_memory
 from k2model.parameters import Parameter, parameters
@@ -53,10 +53,6 @@ def test_packed_sequences_are_each_sequence_alone(decoders: dict[str, Decoder], 
     with torch.inference_mode():
         alone = torch.cat([decoder.forward_one(ids) for ids in PROMPTS])
     torch.testing.assert_close(packed_hidden(decoder, PROMPTS), alone, rtol=0, atol=2e-5)
-    together = Group(2, 17, causal(17, 0))
-    with torch.inference_mode():
-        twice = decoder.forward(Step(torch.tensor(PROMPTS[0] * 2), torch.arange(17).repeat(2), [together]))
-    torch.testing.assert_close(twice, alone[:17].repeat(2, 1), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,37 +74,24 @@ def test_a_shared_prefix_gives_what_the_whole_prompt_gives(
     tails = [PROMPTS[0][split:], [5] * (length - split), list(range(90, 90 + length - split))]
     with torch.inference_mode():
         whole = [decoder.forward_one([*PROMPTS[0][:split], *tail, 11]) for tail in tails]
-        prefix, cache = decoder.allocate(1, split), decoder.allocate(3, length + 1)
-        first = Group(1, split, causal(split, 0), cache=prefix)
-        decoder.forward(Step(torch.tensor(PROMPTS[0][:split]), torch.arange(split), [first]))
-        rest = Group(3, length - split, causal(length - split, split), prefix=prefix, cache=cache)
-        positions = torch.arange(split, length).repeat(3)
-        hidden = decoder.forward(Step(torch.tensor(tails).view(-1), positions, [rest]))
-        last = Group(3, 1, causal(1, length), cache=cache)
-        after = decoder.forward(Step(torch.tensor([11] * 3), torch.tensor([length] * 3), [last]))
-    assert (prefix.length, cache.length) == (split, length + 1)
+        prefix = decoder.allocate(0, split)
+        decoder.forward(Step([Span(tuple(PROMPTS[0][:split]), keep=prefix)]))
+        kept = [decoder.allocate(split, length - split) for _ in tails]
+        rest = Step([Span(tuple(tail), (prefix,), keep=kv) for tail, kv in zip(tails, kept, strict=True)])
+        hidden = rest.in_given_order(decoder.forward(rest))
+        slots = decoder.allocate_slots(3, 1)
+        for row, kv in enumerate(kept):
+            slots.fill(row, [prefix, kv])
+        after = decoder.forward(Step([], [(DecodeGroup(slots, torch.tensor([length] * 3)), [11] * 3)]))
     torch.testing.assert_close(hidden, torch.cat([w[split:length] for w in whole]), rtol=0, atol=3e-5)
     torch.testing.assert_close(after, torch.stack([w[-1] for w in whole]), rtol=0, atol=3e-5)
 
 
-def test_a_cache_that_loses_sequences_keeps_the_others(decoders: dict[str, Decoder]) -> None:
-    for family in ("llama", "deepseek_v3"):
-        decoder = decoders[family]
-        ids = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-        with torch.inference_mode():
-            cache = decoder.allocate(3, 4)
-            decoder.forward(Step(ids.view(-1), torch.arange(3).repeat(3), [Group(3, 3, causal(3, 0), cache=cache)]))
-            cache.keep(torch.tensor([0, 2]))
-            step = Step(torch.tensor([10, 11]), torch.tensor([3, 3]), [Group(2, 1, causal(1, 3), cache=cache)])
-            hidden = decoder.forward(step)
-            expected = torch.stack([decoder.forward_one([1, 2, 3, 10])[-1], decoder.forward_one([7, 8, 9, 11])[-1]])
-        torch.testing.assert_close(hidden, expected, rtol=0, atol=3e-5)
-
-
 def test_the_latent_cache_is_one_row_a_token() -> None:
     raw = config_json("deepseek_v3")
-    cache = decoder_of(raw, random_tensors(raw)).allocate(2, 10)
-    assert [tuple(layer.shape) for layer in cache.layers] == [(2, 1, 10, 32 + 8)] * 2
+    decoder = decoder_of(raw, random_tensors(raw))
+    assert [tuple(layer.shape) for layer in decoder.allocate(5, 10).layers] == [(1, 10, 32 + 8)] * 2
+    assert [tuple(layer.shape) for layer in decoder.allocate_slots(3, 2).layers] == [(3, 1, 2 * TILE, 32 + 8)] * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,23 +1,24 @@
 """The engine: right sums, the same bits whatever stands beside a request, and errors that reach their owner."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
 from k2model.compress.recipe import prepare_int8
 from k2model.decoder.model import Decoder
+from k2model.decoder.step import Step
 from k2model.engine.candidates import ROOT, candidate_tree
 from k2model.engine.engine import Engine, load
-from k2model.engine.request import Candidate, Completion, Request
-from k2model.engine.scheduler import Scheduler, Sequence, Submission
+from k2model.engine.request import Candidate, Request
 from k2model.formats.checkpoint import fingerprint
 from schemas.errors import K2Error
 from tests.checkpoints import pack_experts, write_checkpoint
 
-CANDIDATES = (Candidate((10, 11, 12), 3), Candidate((10, 11, 13), 2), Candidate((20,), 1), Candidate((10, 30), 2))
+CANDIDATES = (Candidate((10, 11, 12), 3), Candidate((10, 11, 13, 5), 3), Candidate((20,), 1), Candidate((10, 30), 2))
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +57,33 @@ def generating(prompt: tuple[int, ...]) -> Request:
 
 @torch.inference_mode()
 def written_out(decoder: Decoder, prompt: tuple[int, ...], candidate: Candidate) -> float:
-    """Return the log-probability of `candidate` after `prompt`, read as one sequence."""
+    """Return the log-probability of `candidate` after `prompt` among CANDIDATES, read as one sequence."""
     ids = [*prompt, *candidate.token_ids]
-    every = torch.log_softmax(decoder.logits(decoder.forward_one(ids)), dim=-1)
-    return sum(every[i - 1, ids[i]].item() for i in range(len(ids) - candidate.num_scored, len(ids)))
+    logits = decoder.logits(decoder.forward_one(ids))
+    total = 0.0
+    for depth in range(len(candidate.token_ids) - candidate.num_scored, len(candidate.token_ids)):
+        rivals = [c for c in CANDIDATES if c.token_ids[:depth] == candidate.token_ids[:depth]]
+        scored = [c for c in rivals if depth >= len(c.token_ids) - c.num_scored]
+        following = sorted({c.token_ids[depth] for c in scored})
+        row = logits[len(prompt) + depth - 1, following].double().log_softmax(dim=0)
+        total += row[following.index(candidate.token_ids[depth])].item()
+    return total
 
 
-def test_the_tree_shares_beginnings_and_asks_each_question_once() -> None:
+def test_the_tree_asks_at_forks_alone() -> None:
     tree = candidate_tree(CANDIDATES)
-    assert tree.token_ids == (10, 11)
-    assert tree.depths == (0, 1)
-    assert tree.ancestors == (frozenset({0}), frozenset({0, 1}))
+    assert tree.branches.token_ids == (10, 11)
+    assert tree.branches.depths == (0, 1)
+    assert tree.branches.ancestors == (frozenset({0}), frozenset({0, 1}))
     assert tree.parents == (ROOT, 0, 1)
     assert tree.targets == ((10, 20), (11, 30), (12, 13))
     assert [sum(1 for c, *_ in tree.edges if c == number) for number in range(4)] == [3, 2, 1, 2]
+    alone = candidate_tree((Candidate((1, 2, 3), 3), Candidate((1, 2, 4), 3)))
+    assert (alone.branches.token_ids, alone.parents, alone.token_ids) == ((1, 2), (1,), (3, 4))
     with pytest.raises(ValueError, match="candidate 0 scores 0 of 1"):
         candidate_tree((Candidate((1,), 0),))
+    with pytest.raises(ValueError, match="candidate 1 begins with another"):
+        candidate_tree((Candidate((1, 2), 2), Candidate((1, 2, 3), 3)))
 
 
 def test_logprobs_are_those_of_the_candidates_written_out(engine: Engine) -> None:
@@ -164,8 +176,45 @@ def test_submissions_from_several_threads_keep_their_own_answers(engine: Engine)
 
 def test_the_shared_beginning_is_not_computed_again(engine: Engine) -> None:
     request = scoring(prompts(1)[0])
+    engine.submit([request]).result()
     completion = engine.submit([request]).result()[0]
     assert completion.computed_tokens == len(request.prompt_ids) - 9 + 2
+
+
+def alike(count: int) -> list[tuple[int, ...]]:
+    """Return prompts in clusters that share 0 to 90 tokens, inside one another, and some of 300."""
+    rng = random.Random(5)
+    made = [tuple(rng.randrange(256) for _ in range(9))]
+    while len(made) < count:
+        begin = rng.choice(made)[: rng.randint(9, 90)]
+        made.append(begin + tuple(rng.randrange(256) for _ in range(rng.choice([1, 3, 20, 60, 300]))))
+    return made
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 1000])
+def test_sharing_and_cutting_prompts_changes_no_bit(
+    engine: Engine, max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tree of shared beginnings, prompts longer than a step, and neither."""
+    requests = [make(prompt) for prompt in alike(60) for make in (scoring_all, generating_all)]
+    monkeypatch.setattr("k2model.engine.prefix.MIN_SHARED_TOKENS", 10**6)
+    plain = engine.submit(requests).result()
+    monkeypatch.undo()
+    options = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_kv_tokens": 1024}
+    other = Engine(engine.decoder, engine.tokenizer, "test", **options)
+    shared = other.submit(requests).result()
+    other.close()
+    assert shared == plain
+    if max_num_batched_tokens == 1000:
+        assert sum(c.computed_tokens for c in shared) < 0.7 * sum(c.computed_tokens for c in plain)
+
+
+def scoring_all(prompt: tuple[int, ...]) -> Request:
+    return Request(prompt_ids=prompt, candidates=CANDIDATES)
+
+
+def generating_all(prompt: tuple[int, ...]) -> Request:
+    return Request(prompt_ids=prompt, max_tokens=70, stop_ids=(257,))
 
 
 @pytest.mark.parametrize(
@@ -181,14 +230,65 @@ def test_a_senseless_request_is_refused_at_once(engine: Engine, request_: Reques
         engine.submit([request_])
 
 
-def test_a_failing_step_reaches_its_owner_and_the_engine_goes_on(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+POISON = 251
+
+
+def poisoned(error: type[BaseException]) -> Callable[[Decoder, Step], Tensor]:
+    """Return a forward pass that cannot bear a certain token."""
+    forward = Decoder.forward
+
+    def failing(decoder: Decoder, step: Step) -> Tensor:
+        if POISON in step.token_ids:
+            raise error("POISON")
+        return forward(decoder, step)
+
+    return failing
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_request_that_fails_a_step_is_found_and_fails_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, shares: bool
 ) -> None:
+    """In a prompt, in a beginning that two share, and while decoding."""
+    clean = [p for p in prompts(30) if POISON not in p]
+    shared = (5,) * 20 + (POISON,) if shares else (POISON,)
+    bad = [shared + (i,) * 3 for i in range(2)]
+    requests = [make(p) for p in [*clean, *bad] for make in (scoring_all, generating_all)]
+    expected = engine.submit(requests).result()
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
-        with pytest.raises(MemoryError, match="no room"):
-            engine.submit([scoring(p) for p in prompts(3)]).result(timeout=10)
-    assert len(engine.submit([scoring(p) for p in prompts(3)]).result(timeout=30)) == 3
+        patch.setattr(Decoder, "forward", poisoned(ValueError))
+        got = engine.submit(requests).result(timeout=60)
+    for request, completion, good in zip(requests, got, expected, strict=True):
+        if POISON in request.prompt_ids or POISON in good.token_ids[:-1]:
+            assert completion.error == "ValueError: POISON"
+            assert not completion.token_ids
+        else:
+            assert completion == good
+    assert engine.submit(requests).result() == expected
+
+
+def test_out_of_memory_halves_the_step_from_then_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [scoring_all(p) for p in prompts(60)]
+    expected, sizes = engine.submit(requests).result(), []
+    forward = Decoder.forward
+
+    def small(decoder: Decoder, step: Step) -> Tensor:
+        sizes.append(len(step.token_ids))
+        if sizes[-1] > 300:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return forward(decoder, step)
+
+    other = Engine(engine.decoder, engine.tokenizer, "test", max_num_batched_tokens=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", small)
+        assert other.submit(requests).result(timeout=60) == expected
+        assert max(sizes) > 500
+        sizes.clear()
+        assert other.submit(requests).result(timeout=60) == expected
+        assert max(sizes) <= 300
+    other.close()
 
 
 def test_a_closed_engine_says_so(checkpoint: str) -> None:
@@ -198,45 +298,6 @@ def test_a_closed_engine_says_so(checkpoint: str) -> None:
     assert len(pending.result(timeout=0)) == 3
     with pytest.raises(K2Error, match="closed"):
         opened.submit([scoring(prompts(1)[0])])
-
-
-def waiting(requests: list[Request]) -> tuple[Submission, list[Sequence]]:
-    from concurrent.futures import Future
-
-    future: Future[list[Completion]] = Future()
-    submission = Submission(future, [None] * len(requests), len(requests))
-    return submission, [Sequence(request, submission, i) for i, request in enumerate(requests)]
-
-
-def test_a_step_holds_equal_shapes_together_within_its_budget() -> None:
-    scheduler = Scheduler(max_num_batched_tokens=100, max_num_kv_tokens=1000)
-    scheduler.add(waiting([scoring(p) for p in prompts(40)])[1])
-    seen = 0
-    while scheduler.has_waiting():
-        groups = scheduler.next_prefill(0)
-        assert all(len({s.num_prefill_tokens for s in group}) == 1 for group in groups)
-        assert sum(s.num_prefill_tokens for group in groups for s in group) <= 100
-        seen += sum(len(group) for group in groups)
-    assert seen == 40
-
-
-def test_one_submission_is_finished_before_the_next_is_begun() -> None:
-    scheduler = Scheduler(max_num_batched_tokens=64, max_num_kv_tokens=1000)
-    first, second = waiting([scoring(p) for p in prompts(10)]), waiting([scoring(p) for p in prompts(10, 1)])
-    scheduler.add(first[1])
-    scheduler.add(second[1])
-    order = []
-    while scheduler.has_waiting():
-        order += [s.submission is first[0] for group in scheduler.next_prefill(0) for s in group]
-    assert order == [True] * 10 + [False] * 10
-
-
-def test_key_value_room_bounds_what_decodes_together() -> None:
-    scheduler = Scheduler(max_num_batched_tokens=10_000, max_num_kv_tokens=100)
-    scheduler.add(waiting([generating((1,) * 30)] * 5)[1])
-    assert sum(map(len, scheduler.next_prefill(0))) == 2
-    assert scheduler.next_prefill(72) == []
-    assert sum(map(len, scheduler.next_prefill(0))) == 2
 
 
 def test_the_conversion_is_made_once_and_opens_as_w8a8(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

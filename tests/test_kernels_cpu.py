@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels import cpu, reference
+from tests.kernel_cases import bias_of
 
 SHAPES = [(1, 1, 1), (1, 576, 576), (7, 63, 100), (33, 576, 960), (130, 1536, 65), (3, 2000, 8)]
 UNITS = Path(__file__).parents[2] / "shared/fixtures/quant_units/units.safetensors"
@@ -229,16 +230,12 @@ def test_int4_linear_tells_every_weight_and_every_group_apart() -> None:
 @pytest.mark.parametrize(
     ("b", "h", "g", "length", "keys"), [(1, 1, 1, 1, 1), (2, 6, 2, 5, 12), (3, 4, 4, 1, 7), (1, 9, 3, 17, 17)]
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_attention_is_its_twin(
-    b: int, h: int, g: int, length: int, keys: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_attention_is_its_twin(b: int, h: int, g: int, length: int, keys: int) -> None:
     q, k, v = torch.randn(b, h, length, 8), torch.randn(b, g, keys, 8), torch.randn(b, g, keys, 8)
     visible = torch.rand(length, keys) < 0.6
     visible[:, 0] = True
-    k, v = k.to(dtype), v.to(dtype)
-    expected = reference.attention(q, k.float(), v.float(), visible, 0.35)
-    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.35), expected, rtol=tolerance, atol=tolerance)
+    expected = reference.attention(q, k, v, visible, 0.35)
+    torch.testing.assert_close(cpu.attention(q, k, v, bias_of(visible), 0.35), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(("h", "g", "d", "v_dim", "prefix"), [(6, 2, 12, 20, 5), (4, 4, 9, 3, 0), (5, 1, 40, 32, 11)])
@@ -255,16 +252,16 @@ def test_attention_with_sinks_and_values_of_another_width_is_its_twin(
     sinks = torch.randn(h) * 3 if with_sinks else None
     visible = torch.ones(length, prefix + length, dtype=torch.bool).tril(prefix)
     expected = reference.attention(q, k, v, visible, 0.4, sinks)
-    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.4, sinks), expected, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(cpu.attention(q, k, v, bias_of(visible), 0.4, sinks), expected, rtol=3e-6, atol=3e-6)
 
 
 def test_a_sink_takes_its_share_and_gives_nothing() -> None:
     q, k, v = torch.randn(2, 2, 3, 8), torch.randn(2, 1, 3, 8), torch.randn(2, 1, 3, 8)
     visible = torch.ones(3, 3, dtype=torch.bool).tril()
-    without = cpu.attention(q, k, v, visible, 0.3)
-    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.3, torch.full((2,), -100.0)), without)
-    assert cpu.attention(q, k, v, visible, 0.3, torch.full((2,), 200.0)).abs().max() < 1e-30
-    one = cpu.attention(q, k, v, visible, 0.3, torch.tensor([-100.0, 100.0]))
+    without = cpu.attention(q, k, v, bias_of(visible), 0.3)
+    torch.testing.assert_close(cpu.attention(q, k, v, bias_of(visible), 0.3, torch.full((2,), -100.0)), without)
+    assert cpu.attention(q, k, v, bias_of(visible), 0.3, torch.full((2,), 200.0)).abs().max() < 1e-30
+    one = cpu.attention(q, k, v, bias_of(visible), 0.3, torch.tensor([-100.0, 100.0]))
     torch.testing.assert_close(one[:, 0], without[:, 0])  # each head has its own
     assert one[:, 1].abs().max() < 1e-30
 
@@ -273,17 +270,43 @@ def test_keys_that_are_not_seen_change_no_bit() -> None:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
     visible = torch.ones(5, 12, dtype=torch.bool)
     visible[:, [0, 3, 9]] = False
-    expected = cpu.attention(q, k, v, visible, 0.3)
+    expected = cpu.attention(q, k, v, bias_of(visible), 0.3)
     k[:, :, [0, 3, 9]], v[:, :, [0, 3, 9]] = 1e4, -1e4
-    assert torch.equal(cpu.attention(q, k, v, visible, 0.3), expected)
+    assert torch.equal(cpu.attention(q, k, v, bias_of(visible), 0.3), expected)
 
 
-def test_attention_beyond_one_block_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = torch.randn(1, 2, 13, 8), torch.randn(1, 1, 13, 8), torch.randn(1, 1, 13, 8)
-    visible, sinks = torch.ones(13, 13, dtype=torch.bool).tril(), torch.randn(2)
-    monkeypatch.setattr(cpu, "_QUERY_BLOCK", 4)
-    expected = reference.attention(q, k, v, visible, 0.3, sinks)
-    torch.testing.assert_close(cpu.attention(q, k, v, visible, 0.3, sinks), expected)
+def test_a_bias_may_cover_the_last_keys_alone() -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    bias = bias_of(torch.ones(5, 12, dtype=torch.bool).tril(7))
+    expected = cpu.attention(q, k, v, bias, 0.3)
+    assert torch.equal(cpu.attention(q, k, v, bias[..., 7:], 0.3), expected)
+    own = torch.stack([bias[0], bias[0].roll(1, 0)])  # a bias of each sequence's own
+    torch.testing.assert_close(cpu.attention(q, k, v, own, 0.3)[:1], expected[:1])
+
+
+@pytest.mark.parametrize("first_tile", [0, 2])
+def test_tiles_of_queries_see_what_their_twin_sees(first_tile: int) -> None:
+    """Two sequences of which one has a tile less; slots without a query are poisoned and change nothing."""
+    size, tiles, heads = 4, 3, 6
+    slots, keys = tiles * size, (first_tile + tiles) * size
+    q, k, v = torch.randn(2, heads, slots, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 5)
+    causal = bias_of(torch.ones(size, size, dtype=torch.bool).tril())
+    q[1, :, -size:], k[1, :, -size:], v[1, :, -size:] = float("nan"), float("nan"), float("nan")
+    got = cpu.tiled_attention(q, k, v, [(2, causal), (2, causal), (1, causal)], 0.3)
+    for row, own in ((0, slots), (1, slots - size)):
+        end = first_tile * size + own
+        visible = torch.ones(own, end, dtype=torch.bool).tril(first_tile * size)
+        expected = reference.attention(q[row : row + 1, :, :own], k[row : row + 1, :, :end], v[row : row + 1, :, :end],
+                                       visible, 0.3)  # fmt: skip
+        torch.testing.assert_close(got[row, :own].transpose(0, 1)[None], expected, rtol=2e-6, atol=2e-6)
+
+
+def test_logits_of_some_tokens_are_those_of_all() -> None:
+    hidden, head = torch.randn(35, 24), torch.randn(300, 24).bfloat16()
+    ids = torch.tensor([5, 299, 0])
+    expected = hidden @ head.float().t()[:, ids]
+    torch.testing.assert_close(cpu.token_logits(hidden, head, ids), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(cpu.token_logits(hidden[7:9], head, ids), cpu.token_logits(hidden, head, ids)[7:9])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -317,7 +340,7 @@ def test_a_row_has_the_same_bits_among_any_others(size: int, threads: int) -> No
     weight = torch.randint(-127, 128, (960, 576), dtype=torch.int8, generator=generator)
     ids = torch.randint(0, 1000, (97, 4), generator=generator)
     q, k, v, sinks = random(97, 9, 11, 64), random(97, 3, 40, 64), random(97, 3, 40, 48), random(9)
-    visible = torch.ones(11, 40, dtype=torch.bool).tril(29)
+    bias = bias_of(torch.ones(11, 40, dtype=torch.bool).tril(29))
     latent_q, latent = random(97, 16, 1, 144), random(97, 1, 40, 144)
     router, by_head, absorbed = random(64, 576) / 24, random(97, 4, 128), random(4, 128, 96)
     int4 = torch.randint(-8, 8, (96, 576), dtype=torch.int8, generator=generator)
@@ -329,9 +352,9 @@ def test_a_row_has_the_same_bits_among_any_others(size: int, threads: int) -> No
         return [
             x_int8, x_scale, cpu.int8_linear(x_int8, x_scale, weight, torch.full((960,), 0.01)),
             cpu.rms_norm(x[some], norm, 1e-5), cpu.swiglu(x[some]), cpu.token_logprobs(x[some], head, ids[some]),
-            cpu.argmax_token(x[some], head), cpu.attention(q[some], k[some], v[some], visible, 0.125),
-            cpu.attention(q[some], k[some], v[some], visible, 0.125, sinks), cpu.clamped_swiglu(x[some], 1.702, 7.0),
-            cpu.attention(latent_q[some], latent[some], latent[some][..., :128], visible[:1], 0.1),
+            cpu.argmax_token(x[some], head), cpu.attention(q[some], k[some], v[some], bias, 0.125),
+            cpu.attention(q[some], k[some], v[some], bias, 0.125, sinks), cpu.clamped_swiglu(x[some], 1.702, 7.0),
+            cpu.attention(latent_q[some], latent[some], latent[some][..., :128], bias[:, :1], 0.1),
             logits, cpu.choose_experts(logits, None, 6, 8, 3), cpu.int4_linear(x[some], *packed, 32),
             cpu.row_matmul(by_head[some].transpose(0, 1), absorbed).transpose(0, 1),
         ]  # fmt: skip

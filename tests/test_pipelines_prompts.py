@@ -1,6 +1,7 @@
 """Prompts: one for all scored tasks, the ticket as data, and scores that are what the docstring states."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,11 @@ def test_scored_tasks_share_one_request_and_generation_has_its_own() -> None:
     assert texts == ["policy: safe", "policy: hate", "policy: hate speech",
                      "tags: bug: yes", "tags: bug: no", "tags: praise: yes", "tags: praise: no"]  # fmt: skip
     scored = [fake_tokenizer().decode(c.token_ids[-c.num_scored :]) for c in requests[0].candidates]
+    ends = [c.token_ids[-1] == fake_tokenizer().turn_end_id for c in requests[0].candidates]
+    assert ends == [False, True, False] + [False] * 4  # "hate speech" begins with "hate", so that one is ended
+    shared = len(requests[0].prompt_ids)
+    assert requests[1].prompt_ids[:shared] == requests[0].prompt_ids  # the ticket is computed once
+    assert fake_tokenizer().decode(requests[1].prompt_ids[shared:]) == "summary:"
     assert scored == [" safe", " hate", " hate speech", " yes", " no", " yes", " no"]
 
 
@@ -44,18 +50,25 @@ def test_a_ticket_cannot_close_its_turn_or_move_itself() -> None:
     assert sum(token in tokenizer.control_ids for token in hostile.prompt_ids) == count
 
 
-def test_choose_is_a_softmax_of_mean_logprobs() -> None:
+def test_choose_is_the_probability_among_the_labels() -> None:
     prompts = Prompts([CHOOSE], fake_tokenizer(), 2048)
-    sizes = [c.num_scored for c in prompts.requests("x")[0].candidates]
-    answers = prompts.answers(
-        [Completion(logprobs=tuple(-size * mean for size, mean in zip(sizes, (1.0, 2.0, 0.5), strict=True)))]
-    )
-    weights = [math.exp(-1.0), math.exp(-2.0), math.exp(-0.5)]
-    expected = [weight / sum(weights) for weight in weights]
-    assert [score for _, score in answers["policy_scores"]] == pytest.approx(expected)
+    answers = prompts.answers([Completion(logprobs=tuple(map(math.log, (0.3, 0.1, 0.6))))])
+    assert [score for _, score in answers["policy_scores"]] == pytest.approx([0.3, 0.1, 0.6])
     assert answers["policy_label"] == "hate speech"
-    assert answers["policy_score"] == pytest.approx(expected[2])
-    assert answers["policy_margin"] == pytest.approx(expected[2] - expected[0])
+    assert answers["policy_score"] == pytest.approx(0.6)
+    assert answers["policy_margin"] == pytest.approx(0.3)
+
+
+def test_labels_that_begin_alike_need_a_token_that_ends_one() -> None:
+    tokenizer = replace(fake_tokenizer(), turn_end_id=None, stop_ids=())
+    with pytest.raises(SpecError, match="task policy: one label begins with another"):
+        Prompts([CHOOSE], tokenizer, 2048)
+
+
+def test_labels_that_cannot_be_told_apart_are_refused_before_any_work() -> None:
+    task = Task(name="tags", kind="choose_many", labels={"bug": "", "bug: yes": ""})
+    with pytest.raises(SpecError, match="tasks tags: their labels cannot be told apart"):
+        Prompts([task], fake_tokenizer(), 2048)
 
 
 def test_choose_many_judges_every_label_on_its_own() -> None:

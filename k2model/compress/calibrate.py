@@ -12,7 +12,7 @@ from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_exp
 from k2model.decoder.linear import LinearReader
 from k2model.decoder.model import read_layer
 from k2model.decoder.rope import cos_sin, inverse_frequencies
-from k2model.decoder.step import Group, Step, causal
+from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import calibration_path
 from k2model.formats.weights import Weights
 from k2model.parameters import layer_parameters
@@ -118,8 +118,8 @@ class Calibration:
             x = self.hidden[tokens]
             h = cpu.rms_norm(x, layer.input_layernorm, layer.eps)
             rope = cos_sin(self.config.rope, inverse_frequencies(self.config.rope), step.positions)
-            visible = step.visible(self.config.sliding_windows[index])
-            self.hidden[tokens] = x + layer.attention.forward(h, rope, step.groups, visible, torch.float32)
+            window = self.config.sliding_windows[index]
+            self.hidden[tokens] = x + layer.attention.forward(h, rope, step, window, torch.float32)
         # Each expert is read once a block, so there is but one.
         at_once = len(self.hidden) if isinstance(layer.feed_forward, MixtureOfExperts) else _TOKENS_AT_ONCE
         for block in self.hidden.split(at_once):
@@ -136,15 +136,15 @@ class Calibration:
                     strengths[name] = torch.zeros(parameter.shape[1])
         return strengths
 
-    def _steps(self) -> Iterator[tuple[slice, Step]]:
+    def _steps(self) -> Iterator[tuple[Tensor, Step]]:
+        """Yield every step, and where its tokens stand among all."""
         start = 0
         for first in range(0, len(self.prompts), _PROMPTS_AT_ONCE):
             prompts = self.prompts[first : first + _PROMPTS_AT_ONCE]
-            groups = [Group(1, len(ids), causal(len(ids), 0)) for ids in prompts]
-            positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
-            tokens = slice(start, start + len(positions))
-            yield tokens, Step(torch.tensor([i for ids in prompts for i in ids]), positions, groups)
-            start = tokens.stop
+            step = Step([Span(tuple(ids)) for ids in prompts])
+            starts = [start + sum(map(len, prompts[:i])) for i in range(len(prompts))]
+            yield torch.cat([starts[i] + torch.arange(len(prompts[i])) for i in step.order]), step
+            start += sum(map(len, prompts))
 
 
 def start_calibration(config: ModelConfig, weights: Weights, prompts: list[list[int]]) -> Calibration:

@@ -1,7 +1,6 @@
 """Grouped-query attention: with or without biases, norms of query and key, sinks.
 
-Legend: T tokens of the step, D hidden_size, H heads, G key-value heads, B sequences of a group, L their tokens in this
-step, S keys.
+Legend: T tokens of the step, D hidden_size, H heads, G key-value heads.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from k2model.config import AttentionConfig, ModelConfig
 from k2model.decoder.linear import Linear, LinearReader, Quantized
-from k2model.decoder.step import Group, with_past
+from k2model.decoder.step import Step
 from kernels import cpu
 
 
@@ -37,28 +36,35 @@ class Attention:
         self,
         x: Tensor | Quantized,
         rope: tuple[Tensor, Tensor],
-        groups: list[Group],
-        visible: list[Tensor],
+        step: Step,
+        window: int | None,
         kv_dtype: torch.dtype,
     ) -> Tensor:
-        """Return [T, D] float32 for normed `x` [T, D]; appends to each group's cache."""
+        """Return [T, D] float32 for normed `x` [T, D]; stores keys and values where the step keeps them."""
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = self.qkv_proj(x).view(-1, heads + 2 * kv_heads, head_dim)
         rotated = cpu.apply_rope(self._normed(qkv[:, : heads + kv_heads]), *rope)
-        out = torch.empty(qkv.shape[0], heads, head_dim)
-        start = 0
-        for group, mask in zip(groups, visible, strict=True):
-            tokens = slice(start, start + group.count * group.length)
-            shape = (group.count, group.length, -1, head_dim)
-            q = rotated[tokens, :heads].view(shape).transpose(1, 2)
-            k = rotated[tokens, heads:].view(shape).transpose(1, 2)
-            v = qkv[tokens, heads + kv_heads :].view(shape).transpose(1, 2)
-            kv = with_past(torch.cat([k, v], dim=-1).to(kv_dtype), group, self.layer)
-            attended = cpu.attention(q, kv[..., :head_dim], kv[..., head_dim:], mask, config.softmax_scale, self.sinks)
-            out[tokens] = attended.transpose(1, 2).reshape(-1, heads, head_dim)
-            start = tokens.stop
-        return self.o_proj(out.view(-1, heads * head_dim))
+        q = rotated[:, :heads]
+        kv = torch.cat([rotated[:, heads:], qkv[:, heads + kv_heads :]], dim=-1).to(kv_dtype)
+        out = torch.empty(qkv.shape[0], heads * head_dim)
+        for group in step.prefill:
+            own = kv[group.tokens]
+            keys_values = group.workspace(kv_heads, 2 * head_dim)
+            for past, run in group.shared_past():
+                keys_values[run, :, past.start : past.end] = past.layers[self.layer].float()
+            keys_values[group.owner, :, group.slots] = own.float()
+            group.keep(own, self.layer)
+            k, v = keys_values.split(head_dim, dim=-1)
+            tiles = [(tile.count, tile.bias) for tile in group.tiles(window)]
+            attended = cpu.tiled_attention(group.spread(q[group.tokens]), k, v, tiles, config.softmax_scale, self.sinks)
+            out[group.tokens] = group.collect(attended)
+        for decoding in step.decode:
+            k, v = decoding.append(kv[decoding.tokens], self.layer).float().split(head_dim, dim=-1)
+            own_q = q[decoding.tokens, :, None]
+            attended = cpu.attention(own_q, k, v, decoding.bias(window), config.softmax_scale, self.sinks)
+            out[decoding.tokens] = attended.flatten(1)
+        return self.o_proj(out)
 
     def _normed(self, qk: Tensor) -> Tensor:
         if self.q_norm is None or self.k_norm is None:

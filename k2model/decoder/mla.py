@@ -3,8 +3,7 @@
 Prefill expands latents into every head's keys and values; decoding absorbs the expansion into the query and the output
 instead, and attends to the latents themselves, as one key-value head of width rank + rope.
 
-Legend: T tokens of the step, D hidden_size, H heads, R kv_lora_rank, B sequences of a group, L their tokens in this
-step, S keys.
+Legend: T tokens of the step, D hidden_size, H heads, R kv_lora_rank, B sequences of a group, S keys.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from k2model.config import LatentAttentionConfig, ModelConfig
 from k2model.decoder.linear import Linear, LinearReader, Quantized, normed
 from k2model.decoder.rope import deinterleaved
-from k2model.decoder.step import Group, with_past
+from k2model.decoder.step import PrefillGroup, Step
 from kernels import cpu
 
 
@@ -46,11 +45,11 @@ class LatentAttention:
         self,
         x: Tensor | Quantized,
         rope: tuple[Tensor, Tensor],
-        groups: list[Group],
-        visible: list[Tensor],
+        step: Step,
+        window: int | None,
         kv_dtype: torch.dtype,
     ) -> Tensor:
-        """Return [T, D] float32 for normed `x` [T, D]; appends to each group's cache."""
+        """Return [T, D] float32 for normed `x` [T, D]; stores latents and keys where the step keeps them."""
         config = self.config
         nope, heads = config.qk_nope_head_dim, config.num_attention_heads
         q, latent, k_rope = self.qkv_a_proj(x).split(self._widths(), dim=-1)
@@ -61,17 +60,11 @@ class LatentAttention:
         latent = cpu.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
         kept = torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1).to(kv_dtype)
         out = torch.empty(q.shape[0], heads * config.v_head_dim)
-        start = 0
-        for group, mask in zip(groups, visible, strict=True):
-            tokens = slice(start, start + group.count * group.length)
-            own_q = q[tokens].view(group.count, group.length, heads, -1).transpose(1, 2)
-            own = kept[tokens].view(group.count, 1, group.length, -1)
-            if group.is_decode:
-                attended = self._absorbed(own_q, with_past(own, group, self.layer), mask)
-            else:
-                attended = self._expanded(own_q, own, group, mask)
-            out[tokens] = attended.transpose(1, 2).reshape(-1, heads * config.v_head_dim)
-            start = tokens.stop
+        for group in step.prefill:
+            out[group.tokens] = self._expanded(q[group.tokens], kept[group.tokens], group, window)
+        for decoding in step.decode:
+            latents = decoding.append(kept[decoding.tokens, None], self.layer).float()
+            out[decoding.tokens] = self._absorbed(q[decoding.tokens], latents, decoding.bias(window))
         return self.o_proj(out)
 
     def _widths(self) -> list[int]:
@@ -79,36 +72,36 @@ class LatentAttention:
         q = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         return [config.q_lora_rank or q, config.kv_lora_rank, config.qk_rope_head_dim]
 
-    def _expanded(self, q: Tensor, own: Tensor, group: Group, visible: Tensor) -> Tensor:
-        """Return [B, H, L, v] over keys and values of every head; a shared prefix is expanded once."""
-        k, v = self._keys_values(own)
-        if group.prefix is not None:
-            past = self._keys_values(group.prefix.layers[self.layer][:, :, : group.prefix.length])
-            k, v = (
-                torch.cat([old.expand(group.count, -1, -1, -1), new], dim=2)
-                for old, new in zip(past, (k, v), strict=True)
-            )
-        with_past(own, group, self.layer)
-        return cpu.attention(q, k, v, visible, self.config.softmax_scale)
+    def _expanded(self, q: Tensor, kept: Tensor, group: PrefillGroup, window: int | None) -> Tensor:
+        """Return [tokens, H * v] over keys and values of every head; what sequences share is expanded once."""
+        config = self.config
+        heads, widths = config.num_attention_heads, [q.shape[-1], config.v_head_dim]
+        keys_values = group.workspace(heads, sum(widths))
+        for past, run in group.shared_past():
+            keys_values[run, :, past.start : past.end] = self._keys_values(past.layers[self.layer][0]).transpose(0, 1)
+        keys_values[group.owner, :, group.slots] = self._keys_values(kept)
+        group.keep(kept[:, None], self.layer)
+        k, v = keys_values.split(widths, dim=-1)
+        tiles = [(tile.count, tile.bias) for tile in group.tiles(window)]
+        return group.collect(cpu.tiled_attention(group.spread(q), k, v, tiles, config.softmax_scale))
 
-    def _keys_values(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys [B, H, S, nope + rope] and values [B, H, S, v] of what is kept [B, 1, S, R + rope]."""
+    def _keys_values(self, kept: Tensor) -> Tensor:
+        """Return keys and values of every head, side by side [S, H, nope + rope + v], of what is kept [S, R + rope]."""
         config = self.config
         rank, nope, heads = config.kv_lora_rank, config.qk_nope_head_dim, config.num_attention_heads
-        batch, _, keys, _ = kept.shape
-        expanded = self.kv_b_proj(kept[..., :rank].reshape(-1, rank).float())
-        expanded = expanded.view(batch, keys, heads, -1).transpose(1, 2).to(kept.dtype)
-        k_rope = kept[..., rank:].expand(-1, heads, -1, -1)
-        return torch.cat([expanded[..., :nope], k_rope], dim=-1), expanded[..., nope:]
+        kept = kept.float()
+        expanded = self.kv_b_proj(kept[:, :rank]).view(len(kept), heads, -1)
+        k_rope = kept[:, None, rank:].expand(-1, heads, -1)
+        return torch.cat([expanded[..., :nope], k_rope, expanded[..., nope:]], dim=-1)
 
-    def _absorbed(self, q: Tensor, kept: Tensor, visible: Tensor) -> Tensor:
-        """Return [B, H, 1, v] for queries [B, H, 1, nope + rope] over what is kept [B, 1, S, R + rope]."""
+    def _absorbed(self, q: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
+        """Return [B, H * v] for queries [B, H, nope + rope] over what is kept [B, 1, S, R + rope]."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        by_head = q[:, :, 0].transpose(0, 1)  # [H, B, nope + rope]
+        by_head = q.transpose(0, 1)  # [H, B, nope + rope]
         latent_q = torch.cat([cpu.row_matmul(by_head[..., :nope], self.absorbed_k), by_head[..., nope:]], dim=-1)
-        q = latent_q.transpose(0, 1)[:, :, None]
-        out = cpu.attention(q, kept, kept[..., :rank], visible, self.config.softmax_scale)
-        return cpu.row_matmul(out[:, :, 0].transpose(0, 1), self.absorbed_v).transpose(0, 1)[:, :, None]
+        queries = latent_q.transpose(0, 1)[:, :, None]
+        out = cpu.attention(queries, latents, latents[..., :rank], bias, self.config.softmax_scale)
+        return cpu.row_matmul(out[:, :, 0].transpose(0, 1), self.absorbed_v).transpose(0, 1).flatten(1)
 
 
 def read_latent_attention(config: ModelConfig, index: int, reader: LinearReader) -> LatentAttention:

@@ -15,7 +15,7 @@ from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_fee
 from k2model.decoder.linear import LinearReader, normed
 from k2model.decoder.mla import LatentAttention, read_latent_attention
 from k2model.decoder.rope import cos_sin, inverse_frequencies
-from k2model.decoder.step import Group, KeyValues, Step, causal
+from k2model.decoder.step import TILE, KeyValues, Slots, Span, Step
 from k2model.formats.weights import Weights
 from k2model.parameters import parameters
 from kernels import cpu
@@ -32,11 +32,11 @@ class Layer:
     eps: float
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: list[Group], visible: list[Tensor], kv_dtype: torch.dtype
+        self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, window: int | None, kv_dtype: torch.dtype
     ) -> Tensor:
-        """Return the layer's output [T, D] float32 for `x` [T, D]; appends to each group's cache."""
+        """Return the layer's output [T, D] float32 for `x` [T, D]; stores keys and values where the step keeps them."""
         h = normed(self.attention.first, x, self.input_layernorm, self.eps)
-        x = x + self.attention.forward(h, rope, groups, visible, kv_dtype)
+        x = x + self.attention.forward(h, rope, step, window, kv_dtype)
         h = normed(self.feed_forward.first, x, self.post_attention_layernorm, self.eps)
         return x + self.feed_forward.forward(h)
 
@@ -53,7 +53,7 @@ class Decoder:
     lm_head: Tensor
     """[V, D]; the embedding itself when tied."""
     kv_dtype: torch.dtype
-    """Keys, values and attention products: float32, or bfloat16."""
+    """What keys and values are rounded to."""
     frequencies: Tensor
 
     @classmethod
@@ -73,7 +73,7 @@ class Decoder:
             weights: of a checkpoint.
             dtype: of the linears that are not quantized, and of the output embedding.
             expand: whether quantized linears are computed as floats too; with float32, the reference.
-            kv_dtype: of keys, values and attention products.
+            kv_dtype: what keys and values are rounded to.
 
         Raises: CheckpointError naming tensors that are missing, misshapen, or not part of the model.
         """
@@ -93,37 +93,37 @@ class Decoder:
         )
 
     def forward(self, step: Step) -> Tensor:
-        """Return hidden states after the final norm [T, D] float32, and grow each group's cache."""
+        """Return hidden states after the final norm [T, D] float32, in the step's order; store what it keeps."""
         rope = cos_sin(self.config.rope, self.frequencies, step.positions)
-        windows = self.config.sliding_windows
-        visible = {window: step.visible(window) for window in set(windows)}
         x = self.embed_tokens[step.token_ids].float()
-        for layer, window in zip(self.layers, windows, strict=True):
-            x = layer.forward(x, rope, step.groups, visible[window], self.kv_dtype)
-        for group in step.groups:
-            if group.cache is not None:
-                group.cache.length += group.length + (group.prefix.length if group.prefix else 0)
+        for layer, window in zip(self.layers, self.config.sliding_windows, strict=True):
+            x = layer.forward(x, rope, step, window, self.kv_dtype)
         return cpu.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 logits of `hidden` [T, D], for measurement; scoring needs only some of them."""
         return cpu.float_linear(hidden, self.lm_head)
 
-    def allocate(self, count: int, capacity: int) -> KeyValues:
-        """Return empty keys and values for `count` sequences of up to `capacity` tokens."""
+    def allocate(self, start: int, count: int) -> KeyValues:
+        """Return room for the keys and values of `count` tokens of one sequence, from slot `start` on."""
+        kv_heads, width = self._kv_shape()
+        return KeyValues([torch.empty(kv_heads, count, width, dtype=self.kv_dtype) for _ in self.layers], start)
+
+    def allocate_slots(self, rows: int, num_tiles: int) -> Slots:
+        """Return room for `rows` sequences that decode, each of up to `num_tiles` tiles."""
+        kv_heads, width = self._kv_shape()
+        shape = (rows, kv_heads, num_tiles * TILE, width)
+        return Slots([torch.zeros(shape, dtype=self.kv_dtype) for _ in self.layers])
+
+    def _kv_shape(self) -> tuple[int, int]:
         attention = self.config.attention
         if isinstance(attention, LatentAttentionConfig):
-            kv_heads, width = 1, attention.kv_lora_rank + attention.qk_rope_head_dim
-        else:
-            kv_heads, width = attention.num_key_value_heads, 2 * attention.head_dim
-        shape = (count, kv_heads, capacity, width)
-        return KeyValues([torch.empty(shape, dtype=self.kv_dtype) for _ in self.layers], 0)
+            return 1, attention.kv_lora_rank + attention.qk_rope_head_dim
+        return attention.num_key_value_heads, 2 * attention.head_dim
 
-    def forward_one(self, token_ids: list[int]) -> Tensor:
+    def forward_one(self, token_ids: Sequence[int]) -> Tensor:
         """Return the hidden states [T, D] of one sequence from its start."""
-        length = len(token_ids)
-        group = Group(1, length, causal(length, 0))
-        return self.forward(Step(torch.tensor(token_ids), torch.arange(length), [group]))
+        return self.forward(Step([Span(tuple(token_ids))]))
 
 
 def read_layer(

@@ -1,82 +1,287 @@
-"""The shape of a step: packed tokens, their groups, and what earlier steps left of them."""
+"""The shape of a step: packed tokens, the sequences they belong to, and what earlier steps left of them.
 
-from dataclasses import dataclass
+A sequence's tokens stand in slots 0, 1, ...: its prompt, then either generated tokens or the branches of a candidate
+tree. Attention reads keys in whole tiles of `TILE` slots, counted from slot 0, and computes queries tile by tile, so
+that the order of every sum is a function of a token's slot alone: not of the batch, nor of what the sequence shares
+with others, nor of the steps its prompt was cut into.
+
+Legend: T tokens of the step, B sequences of a group, G key-value heads, N branches of a sequence.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from k2model.decoder.branches import Branches
+
+TILE = 64
+"""Slots of one product: fewer would waste fewer padded ones, more would need fewer products."""
+
+_NO_BRANCHES = Branches()
+
 
 @dataclass(slots=True)
 class KeyValues:
-    """What attention keeps of tokens, for sequences of one length: the shared prefix, or a group that decodes."""
+    """What attention keeps of consecutive tokens, read by one sequence or by all that begin alike."""
 
     layers: list[Tensor]
-    """Per layer [B, G, capacity, width]: keys and values side by side, or the latent and the rotated key."""
-    length: int
-    """Positions filled."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all sequences but `rows` [n] int64."""
-        self.layers = [layer[rows] for layer in self.layers]
-
-
-@dataclass(slots=True)
-class Group:
-    """Sequences of one shape that stand back to back in a packed step, sequence by sequence."""
-
-    count: int
-    """B: sequences."""
-    length: int
-    """L: tokens of each in this step."""
-    visible: Tensor
-    """[L, S] bool: the keys each token sees."""
-    prefix: KeyValues | None = None
-    """Read before the group's own keys, the same for all its sequences."""
-    cache: KeyValues | None = None
-    """Keys of earlier steps; the step's own are appended. When there is one, it holds the prefix already."""
+    """Per layer [G, length, width]: keys and values side by side, or the latent and the rotated key."""
+    start: int
+    """The first token's slot."""
 
     @property
-    def is_decode(self) -> bool:
-        """Whether each sequence adds one token to what is cached."""
-        return self.length == 1 and self.cache is not None and self.cache.length > 0
+    def end(self) -> int:
+        """The slot behind the last token."""
+        return self.start + self.layers[0].shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens of one sequence in a step, and what they read and leave."""
+
+    token_ids: tuple[int, ...]
+    past: tuple[KeyValues, ...] = ()
+    """Of the tokens before, in order, from slot 0 on."""
+    branches: Branches = _NO_BRANCHES
+    keep: KeyValues | None = None
+    """Where keys and values of `token_ids` are to stay; branches leave none."""
+
+    @property
+    def start(self) -> int:
+        """The first token's slot."""
+        return self.past[-1].end if self.past else 0
+
+    @property
+    def end(self) -> int:
+        """The slot behind the prompt, where branches begin."""
+        return self.start + len(self.token_ids)
+
+    @property
+    def size(self) -> int:
+        """Tokens in this step."""
+        return len(self.token_ids) + len(self.branches.token_ids)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """The first and the last tile that hold its tokens."""
+        return self.start // TILE, (self.start + self.size - 1) // TILE
 
 
 @dataclass(slots=True)
+class Tile:
+    """The queries of one tile: the first `count` sequences of a group."""
+
+    count: int
+    bias: Tensor
+    """[count or 1, TILE, W] float32: 0 or -inf, added to the scores of the last W keys; those before are all seen."""
+
+
+class PrefillGroup:
+    """Sequences whose prompts begin in the same tile, padded to whole tiles for attention alone."""
+
+    def __init__(self, spans: Sequence[Span], offset: int) -> None:
+        """Lay out `spans`, longest last tile first, whose packed tokens begin at `offset`."""
+        self.spans = spans
+        self.first_tile = spans[0].tiles[0]
+        last = spans[0].tiles[1]
+        self.capacity = (last + 1) * TILE
+        """Key slots of each sequence."""
+        self.num_slots = self.capacity - self.first_tile * TILE
+        """Query slots of each sequence."""
+        self.tokens = slice(offset, offset + sum(span.size for span in spans))
+        self.owner = torch.tensor([b for b, span in enumerate(spans) for _ in range(span.size)])
+        """Token to sequence."""
+        self.slots = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
+        self.query_rows = self.owner * self.num_slots + self.slots - self.first_tile * TILE
+        """Token to its row among all padded query slots."""
+        self._tiles: dict[int | None, list[Tile]] = {}
+        self._workspaces: dict[tuple[int, int], Tensor] = {}
+
+    def tiles(self, window: int | None) -> list[Tile]:
+        """Return the tiles from the first on, when a token sees no further back than `window` positions."""
+        if window not in self._tiles:
+            count = range(self.first_tile, self.capacity // TILE)
+            self._tiles[window] = [_tile(self.spans, index, window) for index in count]
+        return self._tiles[window]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return `x` [tokens, heads, width] in its slots, the others zero: [B, heads, num_slots, width]."""
+        out = x.new_zeros(len(self.spans) * self.num_slots, *x.shape[1:])
+        out[self.query_rows] = x
+        return out.view(len(self.spans), self.num_slots, *x.shape[1:]).transpose(1, 2)
+
+    def workspace(self, heads: int, width: int) -> Tensor:
+        """Return room for every key slot [B, heads, capacity, width] float32, one for all layers; finite everywhere."""
+        if (heads, width) not in self._workspaces:
+            self._workspaces[heads, width] = torch.zeros(len(self.spans), heads, self.capacity, width)
+        return self._workspaces[heads, width]
+
+    def keep(self, kept: Tensor, layer: int) -> None:
+        """Store what spans are to keep of `kept` [tokens, G, width] in layer `layer`."""
+        start = 0
+        for span in self.spans:
+            if span.keep is not None:
+                span.keep.layers[layer].copy_(kept[start : start + len(span.token_ids)].transpose(0, 1))
+            start += span.size
+
+    def collect(self, x: Tensor) -> Tensor:
+        """Return [tokens, heads * width] of `x` [B, num_slots, heads, width]."""
+        return x.flatten(0, 1)[self.query_rows].flatten(1)
+
+    def shared_past(self) -> Iterable[tuple[KeyValues, slice]]:
+        """Yield every `KeyValues` that sequences read, with the run of neighbours that read it."""
+        depth = max(len(span.past) for span in self.spans)
+        for level in range(depth):
+            first = 0
+            while first < len(self.spans):
+                stop, past = first + 1, _past(self.spans[first], level)
+                while stop < len(self.spans) and _past(self.spans[stop], level) is past:
+                    stop += 1
+                if past is not None:
+                    yield past, slice(first, stop)
+                first = stop
+
+
+def _past(span: Span, level: int) -> KeyValues | None:
+    return span.past[level] if level < len(span.past) else None
+
+
+@dataclass(slots=True)
+class Slots:
+    """Keys and values of sequences that decode, each of up to the same whole number of tiles."""
+
+    layers: list[Tensor]
+    """Per layer [rows, G, tiles * TILE, width]; sequences fill the first rows."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of each sequence."""
+        return self.layers[0].shape[2] // TILE
+
+    def fill(self, row: int, parts: Iterable[KeyValues]) -> None:
+        """Copy `parts`, in order from slot 0 on, into `row`."""
+        for part in parts:
+            for layer, stored in zip(self.layers, part.layers, strict=True):
+                layer[row, :, part.start : part.end] = stored
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences of as many tiles that each add one token."""
+
+    slots: Slots
+    lengths: Tensor
+    """[B] int64: filled slots of each, which is also the slot and the position of the new token."""
+    tokens: slice = field(default_factory=lambda: slice(0, 0))
+
+    def append(self, kept: Tensor, layer: int) -> Tensor:
+        """Store `kept` [B, G, width] in layer `layer` and return all keys and values [B, G, slots, width]."""
+        stored = self.slots.layers[layer][: len(kept)]
+        stored[torch.arange(len(kept)), :, self.lengths] = kept
+        return stored
+
+    def bias(self, window: int | None) -> Tensor:
+        """Return [B, 1, W] float32 for the last W keys, as `Tile.bias`."""
+        width = TILE if window is None else self.slots.num_tiles * TILE
+        keys = torch.arange(self.slots.num_tiles * TILE - width, self.slots.num_tiles * TILE)
+        hidden = keys > self.lengths[:, None]
+        if window is not None:
+            hidden |= self.lengths[:, None] - keys >= window
+        return _bias(hidden)[:, None]
+
+
 class Step:
-    """One forward pass: packed tokens without padding."""
+    """One forward pass: packed tokens without padding, prompts first, then one token of each decoding sequence."""
 
-    token_ids: Tensor
-    """[T] int64."""
-    positions: Tensor
-    """[T] int64."""
-    groups: list[Group]
+    def __init__(self, spans: Sequence[Span], decoding: Sequence[tuple[DecodeGroup, Sequence[int]]] = ()) -> None:
+        """Pack `spans` and the new tokens of `decoding` groups, row by row of each."""
+        self.order = sorted(
+            range(len(spans)), key=lambda i: (spans[i].tiles[0], -spans[i].tiles[1], _identity(spans[i]))
+        )
+        """The spans in packed order."""
+        ids: list[int] = []
+        positions: list[int] = []
+        offset = 0
+        self.rows = [slice(0)] * len(spans)
+        """Span to its packed tokens."""
+        for index in self.order:
+            span = spans[index]
+            self.rows[index] = slice(offset, offset + span.size)
+            ids += [*span.token_ids, *span.branches.token_ids]
+            positions += [*range(span.start, span.end), *(span.end + depth for depth in span.branches.depths)]
+            offset += span.size
+        self.prefill = list(_groups([spans[index] for index in self.order]))
+        self.decode = []
+        for group, token_ids in decoding:
+            group.tokens = slice(offset, offset + len(token_ids))
+            offset = group.tokens.stop
+            ids += token_ids
+            positions += group.lengths.tolist()
+            self.decode.append(group)
+        self.token_ids = torch.tensor(ids)
+        """[T] int64."""
+        self.positions = torch.tensor(positions)
+        """[T] int64."""
 
-    def visible(self, window: int | None) -> list[Tensor]:
-        """Return per group the keys each token sees [L, S] bool, when it sees no further back than `window` keys."""
-        if window is None:
-            return [group.visible for group in self.groups]
-        masks, start = [], 0
-        for group in self.groups:
-            own = self.positions[start : start + group.length]
-            past = group.visible.shape[1] - group.length
-            distances = own[:, None] - torch.cat([torch.arange(past), own])
-            masks.append(group.visible & (distances < window))
-            start += group.count * group.length
-        return masks
+    def in_given_order(self, x: Tensor) -> Tensor:
+        """Return `x` [T, *] with the spans' tokens as the spans were given, and nothing of what decodes."""
+        return torch.cat([x[rows] for rows in self.rows])
 
 
-def causal(length: int, past: int) -> Tensor:
-    """Return the [length, past + length] bool mask: all of the past, and each token up to itself."""
-    return torch.ones(length, past + length, dtype=torch.bool).tril(past)
+def _identity(span: Span) -> tuple[int, ...]:
+    """Return what brings sequences with the same past together."""
+    return tuple(id(past) for past in span.past)
 
 
-def with_past(new: Tensor, group: Group, layer: int) -> Tensor:
-    """Return `new` [B, G, L, width] of layer `layer` behind what the group's sequences hold, and cache it."""
-    if group.prefix is not None:
-        past = group.prefix.layers[layer][:, :, : group.prefix.length]
-        new = torch.cat([past.expand(group.count, -1, -1, -1), new], dim=2)
-    if group.cache is None:
-        return new
-    end = group.cache.length + new.shape[2]
-    group.cache.layers[layer][:, :, group.cache.length : end] = new
-    return group.cache.layers[layer][:, :, :end]
+def _groups(spans: Sequence[Span]) -> Iterable[PrefillGroup]:
+    """Cut sorted `spans` where the first tile changes, or where padding would double the longest one's slots."""
+    begin = offset = 0
+    for index in range(1, len(spans) + 1):
+        head = spans[begin]
+        if index < len(spans) and spans[index].tiles[0] == head.tiles[0]:
+            longest, own = (span.tiles[1] - span.tiles[0] + 1 for span in (head, spans[index]))
+            if longest <= max(2 * own, 4):
+                continue
+        group = PrefillGroup(spans[begin:index], offset)
+        yield group
+        begin, offset = index, group.tokens.stop
+
+
+def _tile(spans: Sequence[Span], index: int, window: int | None) -> Tile:
+    """Return tile `index` of `spans`, of which the first reach it."""
+    members = [span for span in spans if span.tiles[1] >= index]
+    branched = [b for b, span in enumerate(members) if span.branches.token_ids and span.end < (index + 1) * TILE]
+    first_key = min([index * TILE, *(members[b].end // TILE * TILE for b in branched)])
+    if window is not None:
+        first_key = 0
+    queries, keys = torch.arange(index * TILE, (index + 1) * TILE), torch.arange(first_key, (index + 1) * TILE)
+    hidden = keys > queries[:, None]
+    if window is None and not branched:
+        return Tile(len(members), _bias(hidden)[None])
+    hidden = hidden.repeat(len(members), 1, 1)
+    for b in branched:
+        _hide_branches(hidden[b], members[b], index, first_key)
+    if window is not None:
+        for b, span in enumerate(members):
+            places = torch.arange((index + 1) * TILE)
+            depths = span.branches.depths[: max(0, len(places) - span.end)]
+            places[span.end : span.end + len(depths)] = span.end + torch.tensor(depths, dtype=torch.int64)
+            hidden[b] |= places[queries, None] - places[keys] >= window
+    # Slots that hold no token must see something, or they are NaN.
+    hidden[torch.arange(len(members))[:, None], torch.arange(TILE), queries - first_key] = False
+    return Tile(len(members), _bias(hidden))
+
+
+def _hide_branches(hidden: Tensor, span: Span, index: int, first_key: int) -> None:
+    """Let each branch of `span` in the tile see its prompt and its ancestors, in `hidden` [TILE, keys]."""
+    first = max(0, index * TILE - span.end)
+    for branch, ancestors in enumerate(span.branches.ancestors[first : (index + 1) * TILE - span.end], first):
+        row = hidden[span.end + branch - index * TILE]
+        row[span.end - first_key :] = True
+        row[[span.end + ancestor - first_key for ancestor in ancestors]] = False
+
+
+def _bias(hidden: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))

@@ -7,6 +7,7 @@ the same request gets the same bits alone, among others, and on any number of th
 import atexit
 import tempfile
 import threading
+import time
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 
 from k2model.compress.recipe import copy_tokenizer, prepare_int8
 from k2model.decoder.model import Decoder
+from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion, Request
-from k2model.engine.runner import Runner
-from k2model.engine.scheduler import Scheduler, Sequence, Submission
+from k2model.engine.runner import Batch, Runner
+from k2model.engine.scheduler import Scheduler, Submission
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
 from k2model.tokenizer import Tokenizer
 from schemas.errors import K2Error
@@ -49,6 +51,8 @@ class Engine:
         self._scheduler = Scheduler(max_num_batched_tokens, max_num_kv_tokens)
         self._wake = threading.Condition()
         self._closing = False
+        self.busy_seconds = 0.0
+        """Time spent computing since it was opened."""
         self._thread = threading.Thread(target=self._loop, name="k2batch-engine", daemon=True)
         self._thread.start()
         # A computing thread must not outlive the interpreter: torch's own threads would abort the process.
@@ -68,7 +72,7 @@ class Engine:
         return cls(decoder, tokenizer, fingerprint(checkpoint, mode))
 
     def submit(self, requests: Items[Request]) -> Future[list[Completion]]:
-        """Return a future of one completion per request, in order.
+        """Return a future of one completion per request, in order; one that cannot be computed carries an error.
 
         Raises: ValueError if a request is empty, too long for the model, or asks for both or neither of scoring and
             generation. K2Error if the engine is closed.
@@ -76,14 +80,13 @@ class Engine:
         for request in requests:
             self._check(request)
         future: Future[list[Completion]] = Future()
-        submission = Submission(future, [None] * len(requests), len(requests))
         if not requests:
             future.set_result([])
             return future
         with self._wake:
             if self._closing:
                 raise K2Error("the engine is closed", remedy="open another one")
-            self._scheduler.add([Sequence(request, submission, i) for i, request in enumerate(requests)])
+            self._scheduler.add(requests, Submission(future, [None] * len(requests), len(requests)))
             self._wake.notify()
         return future
 
@@ -99,7 +102,7 @@ class Engine:
         """Stop after the step in progress; what was submitted is not answered."""
         with self._wake:
             self._scheduler = Scheduler(MAX_NUM_BATCHED_TOKENS, MAX_NUM_KV_TOKENS)
-            self._runner.cohorts = []
+            self._runner.cache.clear()
             self._closing = True
             self._wake.notify()
         self._thread.join()
@@ -116,22 +119,50 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not (self._closing or self._scheduler.has_waiting() or self._runner.cohorts):
+                while not (self._closing or self._scheduler.has_waiting() or len(self._runner.cache)):
                     self._wake.wait()
-                held = sum(cohort.num_kv_tokens for cohort in self._runner.cohorts)
-                groups = self._scheduler.next_prefill(held)
-                if self._closing and not groups and not self._runner.cohorts and not self._scheduler.has_waiting():
+                items = self._scheduler.next_prefill(len(self._runner.cache), self._runner.num_kv_tokens)
+                batch = self._runner.batch(items)
+                if self._closing and not len(batch) and not self._scheduler.has_waiting():
                     return
-            active = [s for group in groups for s in group] or [s for c in self._runner.cohorts for s in c.sequences]
-            try:
-                if groups:
-                    self._runner.prefill(groups)
-                elif self._runner.cohorts:
-                    self._runner.decode()
-            except Exception as error:  # the owners of the step must hear of it; the loop must go on
-                for sequence in active:
-                    sequence.fail(error)
-                self._runner.cohorts = [] if not groups else self._runner.cohorts
+            if len(batch):
+                started = time.perf_counter()
+                self._attempt(batch)
+                self._runner.settle()
+                self.busy_seconds += time.perf_counter() - started
+
+    def _attempt(self, batch: Batch) -> None:
+        """Compute `batch`; if that fails, its halves, down to the one request that is at fault.
+
+        Out of memory, steps stay half as large from then on.
+        """
+        try:
+            answers = self._runner.compute(batch)
+        except Exception as error:  # the owner of the step must hear of it; the loop must go on
+            with self._wake:
+                if is_out_of_memory(error):
+                    self._scheduler.shrink()
+                if len(batch) == 1:
+                    self._give_up(batch, error)
+                    return
+            for half in batch.halves():
+                self._attempt(half)
+            return
+        with self._wake:
+            for sequence in self._runner.commit(batch, answers):
+                self._scheduler.close(sequence)
+
+    def _give_up(self, batch: Batch, error: Exception) -> None:
+        for item in batch.items:
+            if isinstance(item, Segment):
+                self._scheduler.unshare(item)
+        for sequence in self._runner.fail(batch, f"{type(error).__name__}: {error}"):
+            self._scheduler.close(sequence)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that memory is full; torch on a CPU has no type for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def load(checkpoint: str, mode: str = "cpu") -> tuple[Decoder, Tokenizer]:

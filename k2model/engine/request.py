@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -45,8 +45,8 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     num_prefix_tokens: int = 0
-    """The first tokens of the prompt, which many requests share and which are computed once for all of them. Fixed by
-    the caller, because the split decides the order of sums in attention: the same row must always name the same."""
+    """The first tokens of the prompt, which requests to come will share, too: instructions. They are kept after all that
+    waits is answered; what else prompts share is found."""
     candidates: tuple[Candidate, ...] = ()
     max_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
@@ -61,13 +61,16 @@ class Completion:
     """The answer to one request."""
 
     logprobs: tuple[float, ...] = ()
-    """For each candidate: the sum over its scored tokens of ln P(token given all before)."""
+    """For each candidate: the sum over its scored tokens of ln P(token given all before, and that a candidate's token
+    follows). Those of a label set, as probabilities, sum to 1."""
     token_ids: tuple[int, ...] = ()
     """Generated tokens, without the stop token."""
     finish_reason: str = ""
     """`stop` or `length`; empty when nothing was to be generated."""
-    computed_tokens: int = 0
-    """Tokens computed for this request alone: neither its shared prefix nor any token another request computed."""
+    error: str = ""
+    """Why there is no answer: computing this request alone failed."""
+    computed_tokens: int = field(default=0, compare=False)
+    """Tokens computed because of this request and no other; depends on what was waiting beside it."""
 
 
 class SupportsSubmit(Protocol):

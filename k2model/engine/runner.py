@@ -1,152 +1,224 @@
-"""Turns scheduled groups into tensors, runs the decoder, and reads the answers off its hidden states.
+"""Turns what the scheduler chose into one forward pass, and reads the answers off its hidden states.
 
-Legend: B sequences of a group, L their packed tokens, P prefix tokens, D hidden_size, N asked nodes, C targets a node.
+A batch is computed first and committed after, so that one that fails can be cut in two and computed again.
+
+Legend: B sequences, D hidden_size, P forks of a candidate tree, C tokens that may follow one, U distinct ones of all.
 """
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import Group, KeyValues, Step, causal
+from k2model.decoder.step import KeyValues, Span, Step
 from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
+from k2model.engine.kv_cache import KvCache
+from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion
-from k2model.engine.scheduler import Sequence
-from kernels import cpu, ops
+from k2model.engine.scheduler import Item, Sequence
+from kernels import cpu
 
-_MAX_PREFIXES = 8
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """A sequence that decodes."""
+
+    sequence: Sequence
+    output_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Cohort:
-    """Sequences of one length that decode together; they stay of one length until they end."""
+class Batch:
+    """What one forward pass computes."""
 
-    sequences: list[Sequence]
-    cache: KeyValues
+    items: list[Item]
+    """To prefill."""
+    rows: dict[int, range]
+    """Block of the cache (its number of tiles) to the rows that get a token."""
+
+    def __len__(self) -> int:
+        return len(self.items) + sum(map(len, self.rows.values()))
+
+    def halves(self) -> Iterator["Batch"]:
+        """Yield two batches of half the work each."""
+        every: list[Item | tuple[int, int]] = [*self.items]
+        every += [(tiles, row) for tiles, rows in self.rows.items() for row in rows]
+        half = len(every) // 2
+        for part in (every[:half], every[half:]):
+            rows: dict[int, range] = {}
+            for entry in part:
+                if isinstance(entry, tuple):
+                    tiles, row = entry
+                    rows[tiles] = range(rows[tiles].start if tiles in rows else row, row + 1)
+            yield Batch([entry for entry in part if not isinstance(entry, tuple)], rows)
+
+
+@dataclass(slots=True)
+class Answers:
+    """What a batch came to."""
+
+    kept: list[KeyValues | None]
+    """Item to the keys and values it leaves."""
+    logprobs: dict[int, tuple[float, ...]]
+    """Item that is scored to its candidates' log-probabilities."""
+    started: list[tuple[int, int]]
+    """(item that generates, its first token)."""
+    tokens: list[tuple[Generation, int]]
+    """The next token of each sequence that decodes."""
+
+
+class Runner:
+    """Runs batches and holds what decodes between them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.cache: KvCache[Generation] = KvCache(decoder.allocate_slots)
+        self._new: list[tuple[Generation, list[KeyValues]]] = []
+        self._ended: set[int] = set()
 
     @property
     def num_kv_tokens(self) -> int:
-        """Key-value slots held."""
-        return sum(sequence.num_kv_tokens for sequence in self.sequences)
+        """Key-value slots promised to sequences that decode."""
+        return sum(g.sequence.num_kv_tokens for block in self.cache.blocks.values() for g in block.owners)
 
-
-@dataclass(slots=True)
-class Runner:
-    """Runs prefill and decode steps."""
-
-    decoder: Decoder
-    cohorts: list[Cohort] = field(default_factory=list)
-    _prefixes: OrderedDict[tuple[int, ...], KeyValues] = field(default_factory=OrderedDict)
+    def batch(self, items: list[Item]) -> Batch:
+        """Return the batch that prefills `items` and adds a token to everything that decodes."""
+        return Batch(items, {tiles: range(len(block.owners)) for tiles, block in self.cache.blocks.items()})
 
     @torch.inference_mode()
-    def prefill(self, groups: list[list[Sequence]]) -> None:
-        """Compute every prompt of `groups` in one step; finish what is only scored, start decoding the rest."""
-        packed = [self._pack(sequences) for sequences in groups]
-        token_ids = torch.tensor([i for _, ids, _ in packed for i in ids])
-        positions = torch.tensor([i for _, _, places in packed for i in places])
-        step = Step(token_ids, positions, [group for group, _, _ in packed])
+    def compute(self, batch: Batch) -> Answers:
+        """Return the answers of `batch`; nothing is changed that computing it again would not overwrite."""
+        spans = [self._span(item) for item in batch.items]
+        blocks = [(self.cache.blocks[tiles], rows) for tiles, rows in batch.rows.items() if rows]
+        decoding = [[block.owners[row] for row in rows] for block, rows in blocks]
+        groups = [block.group(rows) for block, rows in blocks]
+        fed = [[generation.output_ids[-1] for generation in owners] for owners in decoding]
+        step = Step(spans, list(zip(groups, fed, strict=True)))
         hidden = self.decoder.forward(step)
-        start = 0
-        for sequences, group in zip(groups, step.groups, strict=True):
-            tokens = hidden[start : start + group.count * group.length].view(group.count, group.length, -1)
-            start += group.count * group.length
-            if sequences[0].request.candidates:
-                self._score(sequences, tokens)
+        scored: dict[CandidateTree, list[int]] = {}
+        starting: list[int] = []
+        for index, item in enumerate(batch.items):
+            if isinstance(item, Sequence) and item.request.candidates:
+                scored.setdefault(candidate_tree(item.request.candidates), []).append(index)
+            elif isinstance(item, Sequence):
+                starting.append(index)
+        logprobs: dict[int, tuple[float, ...]] = {}
+        for tree, indices in scored.items():
+            ends = torch.tensor([step.rows[index].start + len(spans[index].token_ids) for index in indices])
+            logprobs.update(zip(indices, self._score(tree, hidden, ends), strict=True))
+        rows = [hidden[step.rows[index].stop - 1][None] for index in starting]
+        asked = torch.cat([*rows, *(hidden[group.tokens] for group in groups)]) if rows or groups else hidden[:0]
+        generations = [generation for owners in decoding for generation in owners]
+        tokens = cpu.argmax_token(asked, self.decoder.lm_head).tolist() if len(asked) else []
+        return Answers(
+            kept=[span.keep for span in spans],
+            logprobs=logprobs,
+            started=list(zip(starting, tokens, strict=False)),
+            tokens=list(zip(generations, tokens[len(starting) :], strict=True)),
+        )
+
+    def commit(self, batch: Batch, answers: Answers) -> list[Sequence]:
+        """Record `answers`; return the sequences that are finished."""
+        finished = []
+        for item, kept in zip(batch.items, answers.kept, strict=True):
+            if isinstance(item, Segment):
+                item.kv = kept
             else:
-                assert group.cache is not None
-                self._advance(Cohort(sequences, group.cache), tokens[:, -1])
+                item.num_computed_tokens += item.num_prefill_tokens
+        for index, logprobs in answers.logprobs.items():
+            sequence = batch.items[index]
+            assert isinstance(sequence, Sequence)
+            sequence.finish(Completion(logprobs=logprobs, computed_tokens=sequence.num_computed_tokens))
+            finished.append(sequence)
+        for index, token_id in answers.started:
+            sequence, kept = batch.items[index], answers.kept[index]
+            assert isinstance(sequence, Sequence)
+            assert kept is not None
+            generation = Generation(sequence)
+            if self._accept(generation, token_id):
+                finished.append(sequence)
+            else:
+                past = [segment.kv for segment in sequence.parent.chain()] if sequence.parent else []
+                self._new.append((generation, [*past, kept]))
+        for generation, token_id in answers.tokens:
+            generation.sequence.num_computed_tokens += 1
+            if self._accept(generation, token_id):
+                finished.append(generation.sequence)
+                self._ended.add(id(generation))
+        return finished
 
-    @torch.inference_mode()
-    def decode(self) -> None:
-        """Compute one token of every decoding sequence."""
-        cohorts, self.cohorts = self.cohorts, []
-        groups = [Group(len(c.sequences), 1, causal(1, c.cache.length), cache=c.cache) for c in cohorts]
-        token_ids = torch.tensor([s.output_ids[-1] for c in cohorts for s in c.sequences])
-        positions = torch.tensor([c.cache.length for c in cohorts for _ in c.sequences])
-        hidden = self.decoder.forward(Step(token_ids, positions, groups))
-        for cohort, rows in zip(cohorts, hidden.split([g.count for g in groups]), strict=True):
-            self._advance(cohort, rows)
+    def fail(self, batch: Batch, message: str) -> list[Sequence]:
+        """End the one sequence of `batch` with an error, and return it; a segment has nobody to tell."""
+        for tiles, rows in batch.rows.items():
+            for row in rows:
+                generation = self.cache.blocks[tiles].owners[row]
+                self._ended.add(id(generation))
+                generation.sequence.finish(Completion(error=message))
+                return [generation.sequence]
+        for item in batch.items:
+            if isinstance(item, Sequence):
+                item.finish(Completion(error=message))
+                return [item]
+        return []
 
-    def _pack(self, sequences: list[Sequence]) -> tuple[Group, list[int], list[int]]:
-        """Return the group of `sequences`, its packed token ids and their positions."""
-        request = sequences[0].request
-        skip, end = request.num_prefix_tokens, len(request.prompt_ids)
-        prefix = self._prefix(request.prompt_ids[:skip]) if skip else None
-        visible = causal(end - skip, skip)
-        node_ids: tuple[int, ...] = ()
-        places = list(range(skip, end))
+    def settle(self) -> None:
+        """Count the step's tokens: call once after every batch of a step."""
+        self.cache.advance(self._ended)
+        for generation, parts in self._new:
+            self.cache.add(generation, parts)
+        self._new, self._ended = [], set()
+
+    def _span(self, item: Item) -> Span:
+        past = tuple(segment.kv for segment in item.parent.chain()) if item.parent else ()
+        start = item.parent.end if item.parent else 0
+        if isinstance(item, Segment):
+            return Span(item.token_ids, past, keep=self.decoder.allocate(start, len(item.token_ids)))
+        request = item.request
+        token_ids = request.prompt_ids[start:]
         if request.candidates:
-            tree = candidate_tree(request.candidates)
-            node_ids, visible = tree.token_ids, _with_tree(visible, tree)
-            places += [end + depth for depth in tree.depths]
-        cache = self.decoder.allocate(len(sequences), end + request.max_tokens) if request.max_tokens else None
-        ids = [i for sequence in sequences for i in (*sequence.request.prompt_ids[skip:], *node_ids)]
-        return Group(len(sequences), len(places), visible, prefix, cache), ids, places * len(sequences)
+            return Span(token_ids, past, candidate_tree(request.candidates).branches)
+        return Span(token_ids, past, keep=self.decoder.allocate(start, len(token_ids)))
 
-    def _prefix(self, token_ids: tuple[int, ...]) -> KeyValues:
-        """Return keys and values of a shared beginning, computed alone on first use, so that its bits never vary."""
-        if token_ids in self._prefixes:
-            self._prefixes.move_to_end(token_ids)
-            return self._prefixes[token_ids]
-        cache = self.decoder.allocate(1, len(token_ids))
-        group = Group(1, len(token_ids), causal(len(token_ids), 0), cache=cache)
-        self.decoder.forward(Step(torch.tensor(token_ids), torch.arange(len(token_ids)), [group]))
-        self._prefixes[token_ids] = cache
-        if len(self._prefixes) > _MAX_PREFIXES:
-            self._prefixes.popitem(last=False)
-        return cache
+    def _score(self, tree: CandidateTree, hidden: Tensor, ends: Tensor) -> list[tuple[float, ...]]:
+        """Return the candidates' log-probabilities for each sequence.
 
-    def _score(self, sequences: list[Sequence], hidden: Tensor) -> None:
-        """Finish `sequences` with the log-probabilities of their candidates, read off `hidden` [B, L, D]."""
-        tree = candidate_tree(sequences[0].request.candidates)
-        last = hidden.shape[1] - len(tree.token_ids) - 1
-        asked = hidden[:, [last if node == ROOT else last + 1 + node for node in tree.parents]]
-        width = max(len(targets) for targets in tree.targets)
-        targets = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tree.targets])  # [N, C]
-        logprobs = ops.token_logprobs(
-            asked.reshape(-1, hidden.shape[2]), self.decoder.lm_head, targets.repeat(len(sequences), 1)
-        ).view(len(sequences), len(tree.parents), width)
+        Args:
+            tree: of all of them.
+            hidden: [T, D] of the step.
+            ends: [B] int64, the row behind each one's prompt, where its branches begin.
+        """
+        if not tree.parents:  # one candidate, or none that differ
+            return [(0.0,) * tree.num_candidates] * len(ends)
+        offsets = torch.tensor([-1 if parent == ROOT else parent for parent in tree.parents])
+        asked = hidden[(ends[:, None] + offsets).view(-1)]
+        token_ids = tree.token_ids
+        logits = cpu.token_logits(asked, self.decoder.lm_head, torch.tensor(token_ids)).double()  # [B * P, U]
+        width = max(map(len, tree.targets))
+        place = {token_id: index for index, token_id in enumerate(token_ids)}
+        columns = torch.tensor([[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in tree.targets])
+        logits = logits.view(len(ends), len(tree.parents), -1)
+        logits = logits.gather(2, columns.clamp(min=0).expand(len(ends), -1, -1))  # [B, P, C]
+        logprobs = torch.log_softmax(logits.masked_fill(columns < 0, float("-inf")), dim=-1)
         owner, parent, slot = torch.tensor(tree.edges).unbind(1)
-        sums = torch.zeros(len(sequences), tree.num_candidates, dtype=torch.float64)
-        sums.index_add_(1, owner, logprobs[:, parent, slot].double())
-        for sequence, row in zip(sequences, sums.tolist(), strict=True):
-            sequence.finish(Completion(logprobs=tuple(row), computed_tokens=sequence.num_prefill_tokens))
+        sums = torch.zeros(len(ends), tree.num_candidates, dtype=torch.float64)
+        sums.index_add_(1, owner, logprobs[:, parent, slot])
+        return [tuple(row) for row in sums.tolist()]
 
-    def _advance(self, cohort: Cohort, hidden: Tensor) -> None:
-        """Give each sequence its next token from `hidden` [B, D]; finish those that end, keep the rest decoding."""
-        keep = []
-        token_ids = cpu.argmax_token(hidden, self.decoder.lm_head).tolist()
-        for row, (sequence, token_id) in enumerate(zip(cohort.sequences, token_ids, strict=True)):
-            request = sequence.request
-            stopped = token_id in request.stop_ids
-            if not stopped:
-                sequence.output_ids.append(token_id)
-            if not stopped and len(sequence.output_ids) < request.max_tokens:
-                keep.append(row)
-                continue
-            sequence.finish(
-                Completion(
-                    token_ids=tuple(sequence.output_ids),
-                    finish_reason="stop" if stopped else "length",
-                    computed_tokens=sequence.num_prefill_tokens + max(0, len(sequence.output_ids) - 1 + stopped),
-                )
+    def _accept(self, generation: Generation, token_id: int) -> bool:
+        """Give a sequence its next token; finish it if it ends there, and return whether it did."""
+        request = generation.sequence.request
+        stopped = token_id in request.stop_ids
+        if not stopped:
+            generation.output_ids.append(token_id)
+        if not stopped and len(generation.output_ids) < request.max_tokens:
+            return False
+        generation.sequence.finish(
+            Completion(
+                token_ids=tuple(generation.output_ids),
+                finish_reason="stop" if stopped else "length",
+                computed_tokens=generation.sequence.num_computed_tokens,
             )
-        if len(keep) < len(cohort.sequences):
-            cohort.sequences = [cohort.sequences[row] for row in keep]
-            cohort.cache.keep(torch.tensor(keep, dtype=torch.int64))
-        if keep:
-            self.cohorts.append(cohort)
-
-
-def _with_tree(visible: Tensor, tree: CandidateTree) -> Tensor:
-    """Return `visible` [L, S] grown by the tree's nodes: each sees the whole prompt and its own ancestors."""
-    length, keys = visible.shape
-    nodes = len(tree.token_ids)
-    grown = torch.zeros(length + nodes, keys + nodes, dtype=torch.bool)
-    grown[:length, :keys] = visible
-    grown[length:, :keys] = True
-    for node, ancestors in enumerate(tree.ancestors):
-        grown[length + node, [keys + ancestor for ancestor in ancestors]] = True
-    return grown
+        )
+        return True
