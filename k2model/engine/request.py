@@ -45,7 +45,7 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     num_prefix_tokens: int = 0
-    """The first tokens of the prompt, which requests to come will share, too: instructions. They are kept after all that
+    """The first tokens of the prompt, which requests to come will share, too: instructions. They are kept when all that
     waits is answered; what else prompts share is found."""
     candidates: tuple[Candidate, ...] = ()
     max_tokens: int = 0
