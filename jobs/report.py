@@ -111,6 +111,7 @@ def text_report(plan: Plan, manifest: Manifest) -> str:
         f"  units     {manifest.units_done:,} of {manifest.units:,} done",
         f"  tokens    {manifest.prompt_tokens:,} in the prompts, {manifest.computed_tokens:,} computed"
         f" ({share(manifest.computed_tokens, manifest.prompt_tokens)}), {manifest.output_tokens:,} written",
+        f"  model     computing {manifest.engine_busy:.0%} of the time",
     ]
     lines += [f"  rejected  {rows:,} × {code}" for code, rows in manifest.error_codes.items()]
     for task, labels in manifest.labels.items():

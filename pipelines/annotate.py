@@ -78,6 +78,7 @@ class AnnotatedBlock:
     computed_tokens: int
     output_tokens: int
     started: float
+    engine_busy: float
 
     def receipt(self, *, attempt: str, data: str, data_sha256: str, rejects: str | None) -> Receipt:
         """Return the receipt of this block, stored under these file names."""
@@ -96,6 +97,7 @@ class AnnotatedBlock:
             computed_tokens=self.computed_tokens,
             output_tokens=self.output_tokens,
             seconds=round(time.perf_counter() - self.started, 3),
+            engine_busy=self.engine_busy,
         )
 
 
@@ -124,10 +126,12 @@ def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: Support
 
     Texts that give the same requests are asked once; the first such row has route `large`, the others `duplicate`.
     """
+    began, busy_before = time.perf_counter(), engine.busy_seconds
     asked_for = _ask(row_texts(block.table, plan.columns), prompts)
     distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, _Asked)}
     outcomes = _answer(distinct, prompts, engine)
     answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, _Answered)}
+    busy = (engine.busy_seconds - busy_before) / (time.perf_counter() - began)
     fates = [_fate(fate, outcomes) for fate in asked_for]
     columns = _columns(fates, answered, plan)
     schema = output_schema(block.table.schema, plan)
@@ -145,6 +149,7 @@ def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: Support
         computed_tokens=sum(answer.computed_tokens for answer in answered.values()),
         output_tokens=sum(answer.output_tokens for answer in asked),
         started=block.started,
+        engine_busy=round(min(1.0, busy), 3),
     )
 
 

@@ -108,6 +108,7 @@ def make_manifest(
         data=tuple(receipt.data for receipt in done),
         rejects=tuple(receipt.rejects for receipt in done if receipt.rejects is not None),
         rejected_files=rejected_files,
+        engine_busy=round(sum(r.engine_busy * r.rows for r in done) / (sum(r.rows for r in done) or 1), 3),
     )
 
 

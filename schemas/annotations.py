@@ -11,7 +11,9 @@ Per task (a column name is `<prefix><task>_<suffix>`):
 | `choose_many` | `labels` | list<string>       | every label whose score is at least the task's threshold            |
 |               | `scores` | map<string, float> | the probability of each label on its own; each in [0, 1]            |
 | `generate`    | `text`   | string             | the model's answer                                                  |
-|               | `finish_reason` | string      | `stop` (the model ended its turn) or `length` (hit `max_tokens`)    |
+|               | `finish_reason` | string      | `stop` (it is whole) or `length` (cut at `max_tokens`)              |
+|               | `json`   | string             | only with a JSON schema: the answer, keys sorted, no spaces; null if it was cut and is no JSON |
+|               | `samples` | list<string>      | only where several are drawn: every answer; what is above is of the first |
 
 Per row (`<prefix><name>`): `status` (`annotated` or `rejected`), `error_code` and `error_message` (null when annotated;
 the codes are `schemas.errors.ROW_ERROR_CODES`), `model_fingerprint`, `prompt_hash`, `usage` and `route`.
@@ -35,6 +37,9 @@ TASK_FIELDS: dict[str, tuple[pa.Field, ...]] = {
     "generate": (pa.field("text", pa.string()), pa.field("finish_reason", pa.string())),
 }
 
+JSON_FIELD = pa.field("json", pa.string())
+SAMPLES_FIELD = pa.field("samples", pa.list_(pa.string()))
+
 USAGE = pa.struct([("prompt_tokens", pa.int32()), ("cached_tokens", pa.int32()), ("output_tokens", pa.int32())])
 
 ROW_FIELDS: tuple[pa.Field, ...] = (
@@ -52,7 +57,12 @@ once in this unit); `usage.cached_tokens` counts prompt tokens whose computation
 
 def task_columns(task: Task, prefix: str) -> list[pa.Field]:
     """Return the fields that `task` adds."""
-    return [field.with_name(f"{prefix}{task.name}_{field.name}") for field in TASK_FIELDS[task.kind]]
+    fields = [*TASK_FIELDS[task.kind]]
+    if task.json_schema:
+        fields.append(JSON_FIELD)
+    if task.samples > 1:
+        fields.append(SAMPLES_FIELD)
+    return [field.with_name(f"{prefix}{task.name}_{field.name}") for field in fields]
 
 
 def added_fields(plan: Plan) -> list[pa.Field]:

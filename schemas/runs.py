@@ -34,7 +34,7 @@ class Task:
 
     name: str
     kind: str
-    """`choose` (one label), `choose_many` (any number of labels) or `generate` (free text)."""
+    """`choose` (one label), `choose_many` (any number of labels) or `generate` (text)."""
     labels: dict[str, str] = field(default_factory=dict)
     """Label to description; the order is kept. Empty for `generate`."""
     guidelines: str = ""
@@ -43,7 +43,27 @@ class Task:
     threshold: float = 0.5
     """`choose_many`: the lowest score at which a label is given."""
     max_tokens: int = 64
-    """`generate`: tokens at most."""
+    """`generate`: tokens at most. So are those below of `generate` alone."""
+    json_schema: str = ""
+    """A JSON schema that the answer matches, as JSON; empty for none. At most one of this and the two below."""
+    regex: str = ""
+    """A regular expression that the whole answer matches; empty for none."""
+    choices: tuple[str, ...] = ()
+    """The answer is one of these; empty for any."""
+    temperature: float = 0.0
+    """0: the likeliest token, always."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    samples: int = 1
+    """Answers drawn for each ticket."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these."""
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Return the task whose fields are `raw`, from JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +130,7 @@ class Plan:
         raw["columns"] = TicketColumns(
             id=columns["id"], text=tuple(columns["text"]), optional=tuple(columns["optional"])
         )
-        raw["tasks"] = tuple(Task(**task) for task in raw["tasks"])
+        raw["tasks"] = tuple(Task.from_dict(task) for task in raw["tasks"])
         raw["units"] = tuple(Unit(**{**unit, "row_groups": tuple(unit["row_groups"])}) for unit in raw["units"])
         raw["rejected_files"] = tuple(RejectedFile(**file) for file in raw["rejected_files"])
         return cls(**raw)
@@ -140,6 +160,8 @@ class Receipt:
     output_tokens: int
     seconds: float
     """Wall time of the unit, from read to commit; units overlap."""
+    engine_busy: float = 0.0
+    """Share of the time from the first prompt to the last answer in which the model computed, for this unit or others."""
 
     def to_json(self) -> str:
         """Return the receipt as JSON text."""
@@ -172,6 +194,8 @@ class Manifest:
     """File names under `data/`, in plan order."""
     rejects: tuple[str, ...]
     rejected_files: tuple[RejectedFile, ...]
+    engine_busy: float = 0.0
+    """The receipts' share, weighted by rows."""
 
     def to_json(self) -> str:
         """Return the manifest as JSON text."""

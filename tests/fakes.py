@@ -73,6 +73,7 @@ class FakeEngine:
         self.fingerprint = fingerprint
         self.max_position_embeddings = 8192
         self.pause_s = pause_s
+        self.busy_seconds = 0.0
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         """Return a future that is done."""
@@ -80,6 +81,7 @@ class FakeEngine:
             with open(log, "a") as file:
                 file.write(f"{os.getpid()} {len(requests)}\n")
         time.sleep(self.pause_s)
+        self.busy_seconds += self.pause_s
         future: Future[list[Completion]] = Future()
         future.set_result([_complete(request) for request in requests])
         return future

@@ -76,6 +76,9 @@ class Completion:
 class SupportsSubmit(Protocol):
     """What the flow needs of an engine."""
 
+    busy_seconds: float
+    """Time spent computing since it was opened."""
+
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         """Return a future of one completion per request, in order."""
         ...
