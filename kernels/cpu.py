@@ -26,6 +26,10 @@ _ROW_BLOCK = 16
 """Rows of a float32 product. BLAS takes other paths for other row counts: of 4,581 rows, 18 differed on one thread and
 54 on two between a product of all and of some; in blocks of 16, none."""
 
+_ROWS_IN_CACHE = 128
+"""Rows on which a chain of elementwise steps is done before the next ones: 891 rows of SmolLM2's gate and quantization
+take 7.1 ms so, 13.6 at once, and the scales of a product 2.1 ms, 3.9 at once (one core)."""
+
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 
 
@@ -116,8 +120,13 @@ def int8_linear(
     """
     if x_int8.shape[1] != weight.shape[1] or weight.shape[1] > MAX_IN_FEATURES:
         raise ShapeError(f"int8_linear: {tuple(x_int8.shape)=}, {tuple(weight.shape)=}, K at most {MAX_IN_FEATURES}")
-    y = int8_matmul(x_int8, weight).to(torch.float32).mul_(x_scale[:, None]).mul_(weight_scale)
-    return (y if bias is None else y.add_(bias)).to(out_dtype)
+    products = int8_matmul(x_int8, weight)
+    y = products if products.dtype == torch.float32 else products.new_empty(products.shape, dtype=torch.float32)
+    for rows, scale, out in zip(*(t.split(_ROWS_IN_CACHE) for t in (products, x_scale[:, None], y)), strict=True):
+        torch.mul(rows, scale, out=out).mul_(weight_scale)
+        if bias is not None:
+            out.add_(bias)
+    return y.to(out_dtype)
 
 
 @functools.cache
@@ -204,8 +213,12 @@ def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 
 def swiglu_quantize(gate_up: Tensor, alpha: float | None = None, limit: float | None = None) -> tuple[Tensor, Tensor]:
     """Return swiglu(gate_up [T, 2 F]), or with `alpha` and `limit` the clamped one, as int8 [T, F] and scales [T]."""
-    gated = swiglu(gate_up) if alpha is None or limit is None else clamped_swiglu(gate_up, alpha, limit)
-    return quantize_rows(gated)
+    blocks = []
+    for rows in gate_up.split(_ROWS_IN_CACHE):
+        gated = swiglu(rows) if alpha is None or limit is None else clamped_swiglu(rows, alpha, limit)
+        blocks.append(quantize_rows(gated))
+    x_int8, x_scale = zip(*blocks, strict=True)
+    return torch.cat(x_int8), torch.cat(x_scale)
 
 
 def row_matmul(x: Tensor, weight: Tensor, block: int = _ROW_BLOCK) -> Tensor:
@@ -357,16 +370,29 @@ def token_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
     return row_matmul(hidden, head[token_ids].float().t())
 
 
-def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:
+def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Return the token with the highest logit per row [T] int64; the lowest id wins a tie of up to 16.
 
     A shortlist by products in the dtype of `head`, then exact float32 logits: bfloat16 logits near 20 are 0.125 apart.
+
+    Args:
+        hidden: [T, D] float32, after the final norm.
+        head: [V, D] the output embedding.
+        allowed: [T, V] bool, at least one of each row; None for all.
     """
     blocks = []
-    for rows in hidden.split(_HEAD_BLOCK if has_bfloat16_product() else _WIDENED_HEAD_BLOCK):
-        ids = float_linear(rows, head).topk(min(_ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices
-        ids = ids.sort(dim=-1).values
-        best = _exact_logits(rows, head, ids).argmax(dim=-1, keepdim=True)
+    at_once = _HEAD_BLOCK if has_bfloat16_product() else _WIDENED_HEAD_BLOCK
+    for start in range(0, len(hidden), at_once):
+        rows = hidden[start : start + at_once]
+        barred = None if allowed is None else ~allowed[start : start + at_once]
+        logits = float_linear(rows, head)
+        if barred is not None:
+            logits.masked_fill_(barred, float("-inf"))
+        ids = logits.topk(min(_ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices.sort(dim=-1).values
+        exact = _exact_logits(rows, head, ids)
+        if barred is not None:
+            exact.masked_fill_(barred.gather(1, ids), float("-inf"))
+        best = exact.argmax(dim=-1, keepdim=True)
         blocks.append(ids.gather(1, best).squeeze(1))
     return torch.cat(blocks)
 

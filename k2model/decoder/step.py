@@ -16,8 +16,9 @@ from torch import Tensor
 
 from k2model.decoder.branches import Branches
 
-TILE = 64
-"""Slots of one product: fewer would waste fewer padded ones, more would need fewer products."""
+TILE = 32
+"""Slots of one product. SmolLM2, 14 prompts of 63 tokens behind 150, attention of a step: 0.75 s with 16, 0.92 with 32,
+1.41 with 64, 1.74 with 128; one of 1,500 tokens: 1.86, 1.81, 1.89, 2.28 (one core, AVX2)."""
 
 _NO_BRANCHES = Branches()
 
