@@ -4,14 +4,15 @@ An unknown key is an error that names the nearest known one, because a misspelle
 night of annotation. Relative paths are relative to the current folder. No environment variable is read.
 """
 
+import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.section import Section
 from schemas.annotations import TASK_FIELDS
 from schemas.errors import SpecError
 from schemas.runs import Task
@@ -29,16 +30,35 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "output": ("url", "prefix"),
     "model": ("checkpoint",),
     "deploy": ("mode", "runner", "workers", "options"),
-    "task": ("name", "kind", "labels", "guidelines", "instruction", "threshold", "max_tokens"),
+    "task": (
+        *("name", "kind", "labels", "guidelines", "instruction", "threshold", "max_tokens"),
+        *("json_schema", "regex", "choices", "temperature", "top_p", "seed", "samples", "stop"),
+    ),
     "limits": ("max_prompt_tokens", "max_reject_rate"),
 }
 
 _KINDS_OF_KEY = {
     "labels": ("choose", "choose_many"),
     "threshold": ("choose_many",),
-    "instruction": ("generate",),
-    "max_tokens": ("generate",),
+    **dict.fromkeys(
+        (
+            "instruction",
+            "max_tokens",
+            "json_schema",
+            "regex",
+            "choices",
+            "temperature",
+            "top_p",
+            "seed",
+            "samples",
+            "stop",
+        ),
+        ("generate",),
+    ),
 }
+
+_COLDEST = 0.01
+"""The lowest temperature but 0: below it, differences of logits leave the range of float32."""
 
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TASK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -86,7 +106,7 @@ def load_spec(path: str, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             table.update(values)
-    return _job(_Section(path, "", raw))
+    return _job(Section(path, _KEYS, raw))
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -101,105 +121,7 @@ def _read_toml(path: str) -> dict[str, Any]:
         raise SpecError(f"{path}: not TOML: {error}", remedy="strings need quotes; tables are [section]") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A table of the job file, and where it stands, so that every error can say so."""
-
-    file: str
-    name: str
-    table: Mapping[str, Any]
-    number: int = 0
-    """Which of several, from 1; 0 for a table that occurs once."""
-
-    def where(self, key: str = "") -> str:
-        """Return `job.toml: [section] key`, for messages."""
-        name = f"[[{self.name}]] number {self.number}" if self.number else f"[{self.name}]" if self.name else ""
-        return " ".join(part for part in (f"{self.file}:", name, key) if part)
-
-    def check_keys(self) -> None:
-        """Raise SpecError for the first key that the section does not have."""
-        known = _KEYS[self.name]
-        for key in self.table:
-            if key not in known:
-                near = get_close_matches(key, known, n=1)
-                what = f'has no key "{key}"' if self.name else f"there is no section [{key}]"
-                remedy = f'did you mean "{near[0]}"?' if near else f"it may have: {', '.join(known)}"
-                raise SpecError(f"{self.where()} {what}", remedy=remedy)
-
-    def section(self, key: str) -> "_Section":
-        """Return the table under `key`, empty if absent, its keys checked."""
-        table = self.table.get(key, {})
-        name = f"{self.name}.{key}" if self.name else key
-        if not isinstance(table, dict):
-            remedy = f"write the header [{name}] and its keys below it"
-            raise SpecError(f"{self.file}: {name} is {_show(table)}, expected a table", remedy=remedy)
-        section = _Section(self.file, name, table)
-        section.check_keys()
-        return section
-
-    def missing(self, key: str, example: str) -> SpecError:
-        """Return the error for a key that must be there."""
-        return SpecError(f"{self.where(key)} is missing", remedy=f"add: {key} = {example}")
-
-    def wrong(self, key: str, expected: str, remedy: str = "") -> SpecError:
-        """Return the error for a key whose value is not `expected`."""
-        return SpecError(f"{self.where(key)} is {_show(self.table.get(key))}, expected {expected}", remedy=remedy)
-
-    def text(self, key: str, default: str) -> str:
-        """Return a string."""
-        value = self.table.get(key, default)
-        if not isinstance(value, str):
-            raise self.wrong(key, "a string in quotes")
-        return value
-
-    def matching(self, key: str, pattern: re.Pattern[str], expected: str, default: str | None = None) -> str:
-        """Return a string that `pattern` matches whole."""
-        if default is None and key not in self.table:
-            raise self.missing(key, '"..."')
-        value = self.text(key, default or "")
-        if not pattern.fullmatch(value):
-            raise self.wrong(key, expected)
-        return value
-
-    def one_of(self, key: str, known: Sequence[str], default: str | None = None) -> str:
-        """Return one of `known`."""
-        if default is None and key not in self.table:
-            raise self.missing(key, f'"{known[0]}"')
-        value = self.text(key, default or "")
-        if value not in known:
-            near = get_close_matches(value, known, n=1)
-            raise self.wrong(key, f"one of: {', '.join(known)}", remedy=f'did you mean "{near[0]}"?' if near else "")
-        return value
-
-    def integer(self, key: str, default: int) -> int:
-        """Return an integer of at least 1."""
-        value = self.table.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(key, "a whole number from 1")
-        return value
-
-    def share(self, key: str, default: float) -> float:
-        """Return a number in [0, 1]."""
-        value = self.table.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-            raise self.wrong(key, "a number from 0 to 1")
-        return float(value)
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        """Return a list of strings; a lone string counts as a list of one."""
-        value = self.table.get(key, [])
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(item, str) and item.strip() for item in values):
-            raise self.wrong(key, "a list of strings that are not blank")
-        return tuple(values)
-
-
-def _show(value: Any) -> str:
-    text = f'"{value}"' if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _job(root: _Section) -> JobSpec:
+def _job(root: Section) -> JobSpec:
     from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
 
     root.check_keys()
@@ -229,14 +151,14 @@ def _job(root: _Section) -> JobSpec:
     )
 
 
-def _mode(deploy: _Section) -> str:
+def _mode(deploy: Section) -> str:
     mode = deploy.text("mode", "cpu")
     if mode not in MODES:
         raise deploy.wrong("mode", "one of: cpu; this version has no other mode", 'say mode = "cpu", or leave it out')
     return mode
 
 
-def _columns(section: _Section) -> TicketColumns:
+def _columns(section: Section) -> TicketColumns:
     if "id" not in section.table:
         raise section.missing("id", '"ticket_id"')
     texts = section.texts("text")
@@ -254,24 +176,24 @@ def _columns(section: _Section) -> TicketColumns:
     return TicketColumns(id=identifier, text=names, optional=optional)
 
 
-def _tasks(root: _Section) -> tuple[Task, ...]:
+def _tasks(root: Section) -> tuple[Task, ...]:
     tables = root.table.get("task", [])
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise SpecError(
             f"{root.file}: there is no task" if not tables else f"{root.file}: [task] must be written [[task]]",
             remedy='add [[task]] with name = "policy", kind = "choose" and labels = ["safe", "spam"]',
         )
-    tasks = tuple(_task(_Section(root.file, "task", table, i)) for i, table in enumerate(tables, start=1))
+    tasks = tuple(_task(replace(root, name="task", table=table, number=i)) for i, table in enumerate(tables, start=1))
     seen: set[str] = set()
     for i, task in enumerate(tasks, start=1):
         if task.name in seen:
-            section = _Section(root.file, "task", {"name": task.name}, i)
+            section = replace(root, name="task", table={"name": task.name}, number=i)
             raise section.wrong("name", "a name that no task before it has")
         seen.add(task.name)
     return tasks
 
 
-def _task(section: _Section) -> Task:
+def _task(section: Section) -> Task:
     section.check_keys()
     name = section.matching("name", _TASK_NAME, "a letter, then letters, digits and underscores: it names columns")
     kind = section.one_of("kind", tuple(TASK_FIELDS))
@@ -283,7 +205,7 @@ def _task(section: _Section) -> Task:
     instruction = section.text("instruction", "")
     if kind == "generate" and not instruction.strip():
         raise section.missing("instruction", '"Summarize the ticket in one sentence."')
-    return Task(
+    task = Task(
         name=name,
         kind=kind,
         labels=labels,
@@ -291,10 +213,89 @@ def _task(section: _Section) -> Task:
         instruction=instruction,
         threshold=section.share("threshold", 0.5),
         max_tokens=section.integer("max_tokens", 64),
+        json_schema=_json_schema(section),
+        regex=_unless_empty(section, "regex"),
+        choices=_choices(section),
+        **_drawing(section),
     )
+    _check_grammar(section, task)
+    return task
 
 
-def _labels(section: _Section, kind: str) -> dict[str, str]:
+def _unless_empty(section: Section, key: str) -> str:
+    value = section.text(key, "")
+    if key in section.table and not value:
+        raise section.wrong(key, "a string that is not empty")
+    return value
+
+
+def _json_schema(section: Section) -> str:
+    """Return the JSON schema as JSON, its keys in the order written, which is the order of an answer's; or nothing."""
+    value = section.table.get("json_schema")
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        try:
+            value = json.loads(Path(value).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise section.wrong("json_schema", "the path of a .json file that exists, or a table") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise section.wrong("json_schema", f"a file of JSON in UTF-8: {error}", "mend the file") from error
+    if not isinstance(value, dict):
+        raise section.wrong("json_schema", "a JSON schema that is an object: a table, or the path of a .json file")
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise section.wrong("json_schema", f"what JSON can say: {error}", "write dates as strings") from error
+
+
+def _choices(section: Section) -> tuple[str, ...]:
+    choices = section.texts("choices")
+    if "choices" in section.table and (len(choices) < 2 or len(set(choices)) < len(choices)):
+        raise section.wrong("choices", "at least 2 different strings")
+    return choices
+
+
+def _drawing(section: Section) -> dict[str, Any]:
+    """Return how the tokens of a `generate` task are drawn, and what ends them."""
+    temperature = section.real("temperature", 0.0)
+    if not (temperature == 0 or _COLDEST <= temperature <= 100):
+        raise section.wrong("temperature", f"0, which takes the likeliest token, or a number from {_COLDEST} to 100")
+    top_p = section.real("top_p", 1.0)
+    if not 0 < top_p <= 1:
+        raise section.wrong("top_p", "a number above 0, up to 1")
+    samples = section.integer("samples", 1)
+    if samples > 1 and not temperature:
+        raise section.wrong("samples", "1: without a temperature every sample is the same", "add: temperature = 0.7")
+    stop = section.table.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise section.wrong("stop", "a list of strings that are not empty")
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": section.integer("seed", 0, least=0),
+        "samples": samples,
+        "stop": tuple(stop),
+    }
+
+
+def _check_grammar(section: Section, task: Task) -> None:
+    """Raise SpecError for two grammars, or one that cannot be compiled."""
+    given = [key for key in ("json_schema", "regex", "choices") if key in section.table]
+    if len(given) > 1:
+        what = f"{section.where(given[1])} does not go with {given[0]}"
+        raise SpecError(what, remedy="keep one: an answer matches one of json_schema, regex, choices")
+    if given:
+        from k2model.engine.grammar import grammar_problem
+        from pipelines.prompts import grammar_of
+
+        grammar = grammar_of(task)
+        if grammar is not None and (problem := grammar_problem(grammar)):
+            remedy = "correct it; github.com/guidance-ai/llguidance says which parts of JSON Schema and regex there are"
+            raise section.wrong(given[0], f"what an answer can follow: {problem}", remedy)
+
+
+def _labels(section: Section, kind: str) -> dict[str, str]:
     """Return label to description, in the order written; empty for `generate`."""
     if kind == "generate":
         return {}

@@ -153,9 +153,10 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1).gather(1, token_ids).float()
 
 
-def argmax_token(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return the token with the highest logit per row [T] int64; the lowest id wins a tie."""
-    return (hidden.double() @ head.double().t()).argmax(dim=-1)
+def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the token with the highest logit per row [T] int64, of those `allowed`; the lowest id wins a tie."""
+    logits = hidden.double() @ head.double().t()
+    return (logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))).argmax(dim=-1)
 
 
 def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,19 +9,22 @@ and is computed once; then the ticket, once for all tasks; then the words each a
                <label>: yes | no              `choose_many`, every label on its own, as candidates
                ...                            `generate`
     and with several tasks
-    assistant: <task>: <any of these>
+    assistant: <task>: <any of these>         under a grammar, on a line of its own: no space begins it
 
 Scores. `choose`: the probability that the model writes the label when it must write one of them, token by token; a
 label that another one begins with is followed by the end of the turn. `choose_many`: P(yes) / (P(yes) + P(no)).
 """
 
+import hashlib
+import json
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from k2model.engine.candidates import candidate_tree
-from k2model.engine.request import Candidate, Completion, Request
+from k2model.engine.request import GREEDY, Candidate, Completion, Grammar, Request, Sampling
 from schemas.errors import PromptTooLong, SpecError
 from schemas.runs import Task
 
@@ -65,13 +68,34 @@ class _Frame:
 
     before: list[int]
     after: list[int]
-    candidates: tuple[Candidate, ...]
-    max_tokens: int
+    candidates: tuple[Candidate, ...] = ()
+    task: Task | None = None
+    """To generate for; None where labels are scored."""
 
     @property
     def num_answer_tokens(self) -> int:
         """The most tokens that may follow the prompt."""
-        return max((len(candidate.token_ids) for candidate in self.candidates), default=self.max_tokens)
+        if self.task is not None:
+            return self.task.max_tokens
+        return max(len(candidate.token_ids) for candidate in self.candidates)
+
+    def requests(self, body: Sequence[int], stop_ids: tuple[int, ...]) -> list[Request]:
+        """Return what is asked of a ticket of tokens `body`: one request, or one for each sample to draw."""
+        prompt_ids, num_prefix_tokens, task = (*self.before, *body, *self.after), len(self.before), self.task
+        if task is None:
+            return [Request(prompt_ids=prompt_ids, num_prefix_tokens=num_prefix_tokens, candidates=self.candidates)]
+        return [
+            Request(
+                prompt_ids=prompt_ids,
+                num_prefix_tokens=num_prefix_tokens,
+                max_tokens=task.max_tokens,
+                stop_ids=stop_ids,
+                stop_strings=task.stop,
+                sampling=_sampling(task, index, prompt_ids),
+                grammar=grammar_of(task),
+            )
+            for index in range(task.samples)
+        ]
 
 
 class Prompts:
@@ -100,12 +124,12 @@ class Prompts:
             remedy = "rename the label that begins with another label and its answer"
             raise SpecError(f"tasks {names}: their labels cannot be told apart: {error}", remedy=remedy) from error
         before, after = self._surroundings(tasks)
-        self._frames = [_Frame(before, [*after, *self._cue(task)], (), task.max_tokens) for task in self._generated]
+        self._frames = [_Frame(before, [*after, *self._cue(task)], task=task) for task in self._generated]
         if self._scored:
-            self._frames.insert(0, _Frame(before, after, self._candidates, 0))
+            self._frames.insert(0, _Frame(before, after, self._candidates))
 
     def requests(self, text: str) -> tuple[Request, ...]:
-        """Return all requests of one row: one for the scored tasks together, one per `generate` task.
+        """Return all requests of one row: one for the scored tasks together, one per sample of each `generate` task.
 
         Raises: PromptTooLong.
         """
@@ -118,16 +142,8 @@ class Prompts:
                     f"max_prompt_tokens is {self._max_prompt_tokens}",
                     remedy="raise [limits] max_prompt_tokens (up to the model's context), or shorten the text",
                 )
-        return tuple(
-            Request(
-                prompt_ids=(*frame.before, *body, *frame.after),
-                num_prefix_tokens=len(frame.before),
-                candidates=frame.candidates,
-                max_tokens=frame.max_tokens,
-                stop_ids=self._tokenizer.stop_ids if frame.max_tokens else (),
-            )
-            for frame in self._frames
-        )
+        stop_ids = self._tokenizer.stop_ids
+        return tuple(request for frame in self._frames for request in frame.requests(body, stop_ids))
 
     def answers(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the values of the task columns, `<task>_<suffix>`, from the completions of one row's requests."""
@@ -142,14 +158,28 @@ class Prompts:
                 score = _choose if task.kind == "choose" else _choose_many
                 answer = score(task, logprobs[own])
                 columns |= {f"{task.name}_{suffix}": value for suffix, value in answer.items()}
-        for task, completion in zip(self._generated, rest, strict=True):
-            columns[f"{task.name}_text"] = self._tokenizer.decode(completion.token_ids).strip()
-            columns[f"{task.name}_finish_reason"] = completion.finish_reason
+        for task in self._generated:
+            answer = self._generation(task, rest[: task.samples])
+            del rest[: task.samples]
+            columns |= {f"{task.name}_{suffix}": value for suffix, value in answer.items()}
         return columns
+
+    def _generation(self, task: Task, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the columns of a `generate` task from the completions of its samples."""
+        texts = [self._tokenizer.decode(completion.token_ids) for completion in completions]
+        if grammar_of(task) is None:
+            texts = [text.strip() for text in texts]
+        answer: dict[str, Any] = {"text": texts[0], "finish_reason": completions[0].finish_reason}
+        if task.json_schema:
+            answer["json"] = canonical_json(texts[0])
+        if task.samples > 1:
+            answer["samples"] = texts
+        return answer
 
     def _cue(self, task: Task) -> list[int]:
         """Return the words that say which task is answered, if there are several."""
-        return self._tokenizer.encode(f"{task.name}:") if self._has_cues else []
+        end = ":\n" if grammar_of(task) else ":"
+        return self._tokenizer.encode(task.name + end) if self._has_cues else []
 
     def _task_candidates(self, task: Task) -> list[Candidate]:
         """Return the candidates of one scored task: one per label, or yes and no per label."""
@@ -198,10 +228,11 @@ class Prompts:
 
 def _instructions(task: Task) -> str:
     """Return what one task tells the model."""
-    lines = [f"{task.name}: {_ORDERS[task.kind]}"]
+    lines = [f"{task.name}: {_order(task)}"]
     if task.instruction:
         lines.append(task.instruction)
     lines += [f"- {label}: {text}" if text else f"- {label}" for label, text in task.labels.items()]
+    lines += [f"- {choice}" for choice in task.choices]
     if task.guidelines:
         lines.append(task.guidelines)
     return "\n".join(lines)
@@ -212,6 +243,45 @@ _ORDERS = {
     "choose_many": "for each of these labels, answer yes if it applies and no if it does not.",
     "generate": "answer in a few words.",
 }
+
+
+def _order(task: Task) -> str:
+    if task.json_schema:
+        return f"answer with JSON of this schema: {task.json_schema}"
+    return _ORDERS["choose" if task.choices else task.kind]
+
+
+def grammar_of(task: Task) -> Grammar | None:
+    """Return what the answer to `task` must match."""
+    if task.json_schema:
+        return Grammar("json_schema", task.json_schema)
+    if task.regex:
+        return Grammar("regex", task.regex)
+    return Grammar("choices", json.dumps(task.choices, ensure_ascii=False)) if task.choices else None
+
+
+def _sampling(task: Task, index: int, prompt_ids: tuple[int, ...]) -> Sampling:
+    """Return how answer number `index` is drawn: with a seed of this prompt and answer alone."""
+    if not task.temperature:
+        return GREEDY
+    digest = hashlib.sha256(array("q", (task.seed, index, *prompt_ids))).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    return Sampling(temperature=task.temperature, top_p=task.top_p, seed=seed)
+
+
+def canonical_json(text: str) -> str | None:
+    """Return the JSON in `text` with its keys sorted and no spaces, so that equal values are equal strings.
+
+    None if it is no JSON: cut short, or with a number that no float holds, such as 1e999.
+    """
+    try:
+        value = json.loads(text)
+        written = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        # JSON can spell half a character ("\\ud800"), and UTF-8 cannot.
+        is_unicode = not any("\ud800" <= char <= "\udfff" for char in written)
+        return written if is_unicode else json.dumps(value, sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _num_candidates(task: Task) -> int:

@@ -12,8 +12,8 @@ Per task (a column name is `<prefix><task>_<suffix>`):
 |               | `scores` | map<string, float> | the probability of each label on its own; each in [0, 1]            |
 | `generate`    | `text`   | string             | the model's answer                                                  |
 |               | `finish_reason` | string      | `stop` (it is whole) or `length` (cut at `max_tokens`)              |
-|               | `json`   | string             | only with a JSON schema: the answer, keys sorted, no spaces; null if it was cut and is no JSON |
-|               | `samples` | list<string>      | only where several are drawn: every answer; what is above is of the first |
+|               | `json`   | string             | `json_schema`: `text` with sorted keys, no spaces; null if no JSON  |
+|               | `samples` | list<string>      | with `samples` above 1: all answers; the others are of the first   |
 
 Per row (`<prefix><name>`): `status` (`annotated` or `rejected`), `error_code` and `error_message` (null when annotated;
 the codes are `schemas.errors.ROW_ERROR_CODES`), `model_fingerprint`, `prompt_hash`, `usage` and `route`.

@@ -47,7 +47,7 @@ class Task:
     json_schema: str = ""
     """A JSON schema that the answer matches, as JSON; empty for none. At most one of this and the two below."""
     regex: str = ""
-    """A regular expression that the whole answer matches; empty for none."""
+    """A regular expression in Rust's syntax, \\d being 0 to 9, that the whole answer matches; empty for none."""
     choices: tuple[str, ...] = ()
     """The answer is one of these; empty for any."""
     temperature: float = 0.0
@@ -62,8 +62,9 @@ class Task:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """Return the task whose fields are `raw`, from JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+        """Return the task whose fields are `raw`, from JSON; plans of earlier versions lack some."""
+        lists = {name: tuple(raw.get(name, ())) for name in ("choices", "stop")}
+        return cls(**{**raw, **lists})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +162,7 @@ class Receipt:
     seconds: float
     """Wall time of the unit, from read to commit; units overlap."""
     engine_busy: float = 0.0
-    """Share of the time from the first prompt to the last answer in which the model computed, for this unit or others."""
+    """Share of the time from the first prompt to the last answer in which the model computed, for any unit."""
 
     def to_json(self) -> str:
         """Return the receipt as JSON text."""

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.cli import EXAMPLES, EXIT_CODES, main
 from jobs.spec import _KEYS, load_spec
-from schemas.annotations import ROW_FIELDS, TASK_FIELDS
+from schemas.annotations import JSON_FIELD, ROW_FIELDS, SAMPLES_FIELD, TASK_FIELDS
 from schemas.errors import FILE_ERROR_CODES, ROW_ERROR_CODES
 from tests.fake_jobs import open_planned_engine
 
@@ -76,7 +76,8 @@ def test_the_readme_names_every_key_code_and_column() -> None:
     assert [key for key in keys if f"`{key}`" not in README and f"{key}" not in JOB and f"[{key}]" not in README] == []
     for code in (*ROW_ERROR_CODES, *FILE_ERROR_CODES):
         assert f"`{code}`" in section("The data contract"), code
-    for field in (*ROW_FIELDS, *(field for fields in TASK_FIELDS.values() for field in fields)):
+    task_fields = (field for fields in TASK_FIELDS.values() for field in fields)
+    for field in (*ROW_FIELDS, *task_fields, JSON_FIELD, SAMPLES_FIELD):
         assert f"`{field.name}`" in section("The result"), field.name
     for number, meaning in EXIT_CODES.items():
         assert re.search(rf"^\| {number} \| {re.escape(meaning.split(':')[0].split('[')[0])}", README, re.MULTILINE), (

@@ -1,5 +1,6 @@
 """The job file: what it says, and how it refuses."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,91 @@ def test_no_task_two_tasks_of_a_name_and_an_instruction_that_is_missing(tmp_path
     assert '[[task]] number 2 name is "policy"' in refuse(tmp_path, MINIMAL + task).message
     generate = '[[task]]\nname = "gist"\nkind = "generate"\n'
     assert "number 2 instruction is missing" in refuse(tmp_path, MINIMAL + generate).message
+
+
+GENERATE = """[[task]]
+name = "fields"
+kind = "generate"
+instruction = "Say who asks for what."
+"""
+
+
+def test_a_generate_task_says_what_it_matches_and_how_it_is_drawn(tmp_path: Path) -> None:
+    plain = load(tmp_path, MINIMAL + GENERATE).tasks[1]
+    assert (plain.json_schema, plain.regex, plain.choices, plain.stop) == ("", "", (), ())
+    assert (plain.temperature, plain.top_p, plain.seed, plain.samples) == (0.0, 1.0, 0, 1)
+    drawn = 'temperature = 1\ntop_p = 0.9\nseed = 7\nsamples = 3\nstop = ["\\n\\n", "END"]\nchoices = ["a", "b"]\n'
+    task = load(tmp_path, MINIMAL + GENERATE + drawn).tasks[1]
+    assert (task.temperature, task.top_p, task.seed, task.samples) == (1.0, 0.9, 7, 3)
+    assert (task.stop, task.choices) == (("\n\n", "END"), ("a", "b"))
+    assert load(tmp_path, MINIMAL + GENERATE + "regex = '\\d{3}'\n").tasks[1].regex == r"\d{3}"
+
+
+def test_a_json_schema_is_a_table_or_a_file_and_keeps_the_order_of_its_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = """[task.json_schema]
+type = "object"
+required = ["z", "a"]
+[task.json_schema.properties]
+z = { type = "string", description = "café" }
+a = { enum = ["x", 1, true] }
+"""
+    schema = load(tmp_path, MINIMAL + GENERATE + table).tasks[1].json_schema
+    assert list(json.loads(schema)["properties"]) == ["z", "a"]
+    assert "café" in schema
+    Path("fields.json").write_text(json.dumps(json.loads(schema), indent=2), encoding="utf-8")
+    assert load(tmp_path, MINIMAL + GENERATE + 'json_schema = "fields.json"\n').tasks[1].json_schema == schema
+
+
+@pytest.mark.parametrize(
+    ("lines", "says", "remedy"),
+    [
+        ("regex = '('", 'number 2 regex is "(", expected what an answer can follow: unclosed group', "llguidance"),
+        (r"regex = '[^\s\S]'", "nothing matches it", "correct it"),
+        ('regex = ""', 'regex is "", expected a string that is not empty', ""),
+        ('choices = ["a"]', "choices is ['a'], expected at least 2 different strings", ""),
+        ('choices = ["a", "a"]', "expected at least 2 different strings", ""),
+        ('choices = ["a", "b"]\nregex = "a"', "number 2 choices does not go with regex", "keep one"),
+        ('regex = "a"\njson_schema = {}', "number 2 regex does not go with json_schema", "keep one"),
+        ('json_schema = { type = "strin" }', "expected what an answer can follow: Invalid type: strin", "correct it"),
+        ("json_schema = { uniqueItems = true }", "Unimplemented keys", "JSON Schema"),
+        ('json_schema = "absent.json"', 'json_schema is "absent.json", expected the path of a .json file', ""),
+        ('json_schema = "job.toml"', "expected a file of JSON in UTF-8: Expecting value", "mend the file"),
+        ("json_schema = 3", "json_schema is 3, expected a JSON schema that is an object", ""),
+        ("json_schema = { default = 2020-01-01 }", "expected what JSON can say", "dates as strings"),
+        ("json_schema = { minimum = nan }", "expected what JSON can say", ""),
+        ("temperature = -1", "temperature is -1, expected 0, which takes the likeliest token, or a number from", ""),
+        ("temperature = 0.001", "temperature is 0.001, expected 0", ""),
+        ("temperature = nan", "temperature is nan, expected 0", ""),
+        ("temperature = true", "temperature is True, expected 0", ""),
+        ("temperature = 1\ntop_p = 0", "top_p is 0, expected a number above 0, up to 1", ""),
+        ('top_p = "1"', 'top_p is "1", expected a number above 0', ""),
+        ("seed = -1", "seed is -1, expected a whole number from 0", ""),
+        ("seed = 9223372036854775808", "expected a whole number from 0", ""),
+        (
+            "samples = 2",
+            "samples is 2, expected 1: without a temperature every sample is the same",
+            "temperature = 0.7",
+        ),
+        ("samples = 0", "samples is 0, expected a whole number from 1", ""),
+        ('stop = "END"', 'stop is "END", expected a list of strings', ""),
+        ('stop = [""]', "stop is [''], expected a list of strings that are not empty", ""),
+    ],
+)
+def test_what_an_answer_cannot_be_made_of_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, says: str, remedy: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = refuse(tmp_path, MINIMAL + GENERATE + lines + "\n")
+    assert says in error.message
+    assert remedy in error.remedy
+
+
+def test_drawing_belongs_to_generate(tmp_path: Path) -> None:
+    error = refuse(tmp_path, MINIMAL + 'stop = ["x"]\n')
+    assert 'stop does not go with kind = "choose"' in error.message
 
 
 def test_a_file_that_is_not_there_or_not_utf8(tmp_path: Path) -> None:

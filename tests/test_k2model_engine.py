@@ -291,6 +291,17 @@ def test_out_of_memory_halves_the_step_from_then_on(engine: Engine, monkeypatch:
     other.close()
 
 
+def test_a_defect_of_the_engine_leaves_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Engine(engine.decoder, engine.tokenizer, "test")
+    monkeypatch.setattr("k2model.engine.kv_cache.KvCache.advance", lambda *_: 1 / 0)
+    futures = [other.submit([generating(p) for p in prompts(3, seed)]) for seed in range(2)]
+    for future in futures:
+        with pytest.raises((ZeroDivisionError, K2Error)):
+            future.result(timeout=10)
+    with pytest.raises(K2Error, match="closed"):
+        other.submit([scoring(prompts(1)[0])])
+
+
 def test_a_closed_engine_says_so(checkpoint: str) -> None:
     opened = Engine.open(checkpoint)
     pending = opened.submit([generating(p) for p in prompts(3)])

@@ -62,7 +62,7 @@ def test_some_rows_are_a_view_of_the_block() -> None:
 
 def test_an_empty_block_is_given_back() -> None:
     cache: KvCache[str] = KvCache(allocate)
-    cache.add("a", parts(1, 63))
+    cache.add("a", parts(1, TILE - 1))
     cache.advance(set())
     assert list(cache.blocks) == [2]
     cache.advance({id("a")})

@@ -125,7 +125,7 @@ def test_the_next_submission_gets_spare_room_alone() -> None:
 
 def test_key_value_room_bounds_what_decodes_together() -> None:
     scheduler = Scheduler(max_num_batched_tokens=10_000, max_num_kv_tokens=2 * TILE)
-    submit(scheduler, [generating((i,) * 30) for i in range(5)])
+    submit(scheduler, [generating((i,) * (TILE - 6)) for i in range(5)])
     assert len(scheduler.next_prefill(0, 0)) == 2
     assert scheduler.next_prefill(0, 2 * TILE) == []
     assert len(scheduler.next_prefill(0, TILE)) == 1

@@ -101,9 +101,9 @@ def test_what_neighbours_share_is_given_once() -> None:
 
 
 def test_a_decoding_token_sees_what_is_filled() -> None:
-    group = DecodeGroup(Slots([torch.zeros(3, 1, 2 * TILE, 4)]), torch.tensor([64, 70, 127]))
+    group = DecodeGroup(Slots([torch.zeros(3, 1, 2 * TILE, 4)]), torch.tensor([TILE, TILE + 6, 2 * TILE - 1]))
     bias = group.bias(None)
     assert bias.shape == (3, 1, TILE)
-    assert [(row == 0).sum().item() for row in bias] == [1, 7, 64]
+    assert [(row == 0).sum().item() for row in bias] == [1, 7, TILE]
     assert [(row == 0).sum().item() for row in group.bias(5)] == [5, 5, 5]
-    assert [(row == 0).sum().item() for row in group.bias(1000)] == [65, 71, 128]
+    assert [(row == 0).sum().item() for row in group.bias(1000)] == [TILE + 1, TILE + 7, 2 * TILE]

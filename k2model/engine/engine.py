@@ -47,10 +47,11 @@ class Engine:
         self.fingerprint = fingerprint
         self.max_position_embeddings = decoder.config.max_position_embeddings
         self.decoder = decoder
-        self._runner = Runner(decoder)
+        self._runner = Runner(decoder, tokenizer)
         self._scheduler = Scheduler(max_num_batched_tokens, max_num_kv_tokens)
         self._wake = threading.Condition()
         self._closing = False
+        self._submissions: list[Submission] = []
         self.busy_seconds = 0.0
         """Time spent computing since it was opened."""
         self._thread = threading.Thread(target=self._loop, name="k2batch-engine", daemon=True)
@@ -86,7 +87,9 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise K2Error("the engine is closed", remedy="open another one")
-            self._scheduler.add(requests, Submission(future, [None] * len(requests), len(requests)))
+            submission = Submission(future, [None] * len(requests), len(requests))
+            self._submissions = [old for old in self._submissions if not old.future.done()] + [submission]
+            self._scheduler.add(requests, submission)
             self._wake.notify()
         return future
 
@@ -96,6 +99,7 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self._runner.close()
         atexit.unregister(self._abandon)
 
     def _abandon(self) -> None:
@@ -117,6 +121,16 @@ class Engine:
             raise ValueError(f"{len(request.prompt_ids)=} + {longest} passes {self.max_position_embeddings=}")
 
     def _loop(self) -> None:
+        """Compute until closed. A defect of the engine itself fails what waits; it must never leave anyone waiting."""
+        try:
+            self._compute_all()
+        except BaseException as error:
+            with self._wake:
+                self._closing = True
+                for submission in self._submissions:
+                    submission.fail(error)
+
+    def _compute_all(self) -> None:
         while True:
             with self._wake:
                 while not (self._closing or self._scheduler.has_waiting() or len(self._runner.cache)):

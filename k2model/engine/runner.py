@@ -6,7 +6,8 @@ Legend: B sequences, D hidden_size, P forks of a candidate tree, C tokens that m
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
 from k2model.engine.kv_cache import KvCache
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion
+from k2model.engine.sampler import SequenceSampler, next_tokens, prepare_masks
 from k2model.engine.scheduler import Item, Sequence
+from k2model.tokenizer import Tokenizer
 from kernels import cpu
 
 
@@ -26,7 +29,7 @@ class Generation:
     """A sequence that decodes."""
 
     sequence: Sequence
-    output_ids: list[int] = field(default_factory=list)
+    sampler: SequenceSampler
 
 
 @dataclass(slots=True)
@@ -63,8 +66,8 @@ class Answers:
     """Item to the keys and values it leaves."""
     logprobs: dict[int, tuple[float, ...]]
     """Item that is scored to its candidates' log-probabilities."""
-    started: list[tuple[int, int]]
-    """(item that generates, its first token)."""
+    started: list[tuple[int, Generation, int]]
+    """Item that begins to generate, and its first token."""
     tokens: list[tuple[Generation, int]]
     """The next token of each sequence that decodes."""
 
@@ -72,11 +75,14 @@ class Answers:
 class Runner:
     """Runs batches and holds what decodes between them."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder = decoder
+        self.tokenizer = tokenizer
         self.cache: KvCache[Generation] = KvCache(decoder.allocate_slots)
         self._new: list[tuple[Generation, list[KeyValues]]] = []
         self._ended: set[int] = set()
+        # Masks of grammars are filled beside the forward pass; the library lets go of Python's lock.
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="k2batch-masks")
 
     @property
     def num_kv_tokens(self) -> int:
@@ -94,29 +100,29 @@ class Runner:
         blocks = [(self.cache.blocks[tiles], rows) for tiles, rows in batch.rows.items() if rows]
         decoding = [[block.owners[row] for row in rows] for block, rows in blocks]
         groups = [block.group(rows) for block, rows in blocks]
-        fed = [[generation.output_ids[-1] for generation in owners] for owners in decoding]
+        fed = [[generation.sampler.output_ids[-1] for generation in owners] for owners in decoding]
+        starting = {
+            index: Generation(item, SequenceSampler(item.request, self.tokenizer))
+            for index, item in enumerate(batch.items)
+            if isinstance(item, Sequence) and item.request.max_tokens
+        }
+        generations = [*starting.values(), *(generation for owners in decoding for generation in owners)]
+        samplers = [generation.sampler for generation in generations]
+        masks = self._masks.submit(prepare_masks, samplers)
         step = Step(spans, list(zip(groups, fed, strict=True)))
-        hidden = self.decoder.forward(step)
-        scored: dict[CandidateTree, list[int]] = {}
-        starting: list[int] = []
-        for index, item in enumerate(batch.items):
-            if isinstance(item, Sequence) and item.request.candidates:
-                scored.setdefault(candidate_tree(item.request.candidates), []).append(index)
-            elif isinstance(item, Sequence):
-                starting.append(index)
-        logprobs: dict[int, tuple[float, ...]] = {}
-        for tree, indices in scored.items():
-            ends = torch.tensor([step.rows[index].start + len(spans[index].token_ids) for index in indices])
-            logprobs.update(zip(indices, self._score(tree, hidden, ends), strict=True))
-        rows = [hidden[step.rows[index].stop - 1][None] for index in starting]
-        asked = torch.cat([*rows, *(hidden[group.tokens] for group in groups)]) if rows or groups else hidden[:0]
-        generations = [generation for owners in decoding for generation in owners]
-        tokens = cpu.argmax_token(asked, self.decoder.lm_head).tolist() if len(asked) else []
+        try:
+            hidden = self.decoder.forward(step)
+        finally:
+            masks.result()
+        asked = [hidden[step.rows[index].stop - 1][None] for index in starting]
+        asked += [hidden[group.tokens] for group in groups]
+        tokens = next_tokens(torch.cat(asked), self.decoder.lm_head, samplers) if asked else []
+        drawn = list(zip(generations, tokens, strict=True))
         return Answers(
             kept=[span.keep for span in spans],
-            logprobs=logprobs,
-            started=list(zip(starting, tokens, strict=False)),
-            tokens=list(zip(generations, tokens[len(starting) :], strict=True)),
+            logprobs=self._scores(batch, spans, step, hidden),
+            started=[(index, *pair) for index, pair in zip(starting, drawn, strict=False)],
+            tokens=drawn[len(starting) :],
         )
 
     def commit(self, batch: Batch, answers: Answers) -> list[Sequence]:
@@ -132,11 +138,9 @@ class Runner:
             assert isinstance(sequence, Sequence)
             sequence.finish(Completion(logprobs=logprobs, computed_tokens=sequence.num_computed_tokens))
             finished.append(sequence)
-        for index, token_id in answers.started:
-            sequence, kept = batch.items[index], answers.kept[index]
-            assert isinstance(sequence, Sequence)
+        for index, generation, token_id in answers.started:
+            sequence, kept = generation.sequence, answers.kept[index]
             assert kept is not None
-            generation = Generation(sequence)
             if self._accept(generation, token_id):
                 finished.append(sequence)
             else:
@@ -181,6 +185,18 @@ class Runner:
             return Span(token_ids, past, candidate_tree(request.candidates).branches)
         return Span(token_ids, past, keep=self.decoder.allocate(start, len(token_ids)))
 
+    def _scores(self, batch: Batch, spans: list[Span], step: Step, hidden: Tensor) -> dict[int, tuple[float, ...]]:
+        """Return each scored item's log-probabilities; those of one candidate tree are read off together."""
+        by_tree: dict[CandidateTree, list[int]] = {}
+        for index, item in enumerate(batch.items):
+            if isinstance(item, Sequence) and item.request.candidates:
+                by_tree.setdefault(candidate_tree(item.request.candidates), []).append(index)
+        logprobs: dict[int, tuple[float, ...]] = {}
+        for tree, indices in by_tree.items():
+            ends = torch.tensor([step.rows[index].start + len(spans[index].token_ids) for index in indices])
+            logprobs.update(zip(indices, self._score(tree, hidden, ends), strict=True))
+        return logprobs
+
     def _score(self, tree: CandidateTree, hidden: Tensor, ends: Tensor) -> list[tuple[float, ...]]:
         """Return the candidates' log-probabilities for each sequence.
 
@@ -208,17 +224,23 @@ class Runner:
 
     def _accept(self, generation: Generation, token_id: int) -> bool:
         """Give a sequence its next token; finish it if it ends there, and return whether it did."""
-        request = generation.sequence.request
-        stopped = token_id in request.stop_ids
-        if not stopped:
-            generation.output_ids.append(token_id)
-        if not stopped and len(generation.output_ids) < request.max_tokens:
+        sequence, sampler = generation.sequence, generation.sampler
+        try:
+            reason = sampler.accept(token_id)
+        except ValueError as error:  # its grammar: nobody else's answer hangs on it
+            sequence.finish(Completion(error=f"{type(error).__name__}: {error}"))
+            return True
+        if reason is None:
             return False
-        generation.sequence.finish(
+        sequence.finish(
             Completion(
-                token_ids=tuple(generation.output_ids),
-                finish_reason="stop" if stopped else "length",
-                computed_tokens=generation.sequence.num_computed_tokens,
+                token_ids=tuple(sampler.output_ids),
+                finish_reason=reason,
+                computed_tokens=sequence.num_computed_tokens,
             )
         )
         return True
+
+    def close(self) -> None:
+        """Let the thread that fills masks go."""
+        self._masks.shutdown()

@@ -36,6 +36,11 @@ class Submission:
         if self.num_open == 0 and not self.future.done():
             self.future.set_result([c for c in self.completions if c is not None])
 
+    def fail(self, error: BaseException) -> None:
+        """Fail the whole submission."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
