@@ -1,8 +1,10 @@
 """The engine: right sums, the same bits whatever stands beside a request, and errors that reach their owner."""
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from k2model.decoder.model import Decoder
 from k2model.decoder.step import Step
 from k2model.engine.candidates import ROOT, candidate_tree
 from k2model.engine.engine import Engine, load
-from k2model.engine.request import Candidate, Request
+from k2model.engine.request import Candidate, Grammar, Request, Sampling
 from k2model.formats.checkpoint import fingerprint
 from schemas.errors import K2Error
 from tests.checkpoints import pack_experts, write_checkpoint
@@ -165,6 +167,48 @@ def test_same_request_same_bits(engine: Engine, make: "type[Request]") -> None:
     for count in (1, 2, 5):
         with on_threads(engine, count) as other:
             assert other.submit(requests[:40]).result() == among_500[:40]
+
+
+def drawing(prompt: tuple[int, ...], index: int) -> Request:
+    """Return a request of every way to draw and to end."""
+    grammars = (None, Grammar("regex", "[a-f]{3,9}"), Grammar("choices", '["yes", "no", "yesterday"]'))
+    return Request(
+        prompt_ids=prompt,
+        num_prefix_tokens=9,
+        max_tokens=12,
+        sampling=Sampling(temperature=(0.0, 1.3)[index % 2], top_p=0.9, seed=index),
+        grammar=grammars[index % 3],
+        stop_ids=(257,),
+        stop_strings=("e",) if index % 5 == 0 else (),
+    )
+
+
+def test_drawn_and_bound_answers_are_the_same_bits_in_any_company(engine: Engine) -> None:
+    requests = [drawing(prompt, index) for index, prompt in enumerate(prompts(40))]
+    together = engine.submit(requests).result()
+    assert not any(completion.error for completion in together)
+    assert [engine.submit([request]).result()[0] for request in requests[:12]] == together[:12]
+    assert engine.submit(requests[::-1]).result()[::-1] == together
+    for request, completion in zip(requests, together, strict=True):
+        text = engine.tokenizer.decode(completion.token_ids)
+        if request.stop_strings:
+            assert "e" not in text
+        elif request.grammar and request.grammar.kind == "regex":
+            assert re.fullmatch("[a-f]{3,9}", text)
+        elif request.grammar:
+            assert text in ("yes", "no", "yesterday")
+
+
+def test_samples_of_one_prompt_differ_and_share_its_computation(engine: Engine) -> None:
+    prompt = prompts(1)[0] + (7,) * 30
+    engine.submit([generating(prompts(2)[1])]).result()  # the nine shared tokens are there
+    requests = [
+        replace(drawing(prompt, 1), grammar=None, sampling=Sampling(temperature=20.0, seed=i)) for i in range(6)
+    ]
+    completions = engine.submit(requests).result()
+    assert len({completion.token_ids for completion in completions}) > 3
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    assert sum(completion.computed_tokens for completion in completions) <= len(prompt) - 9 + 6 + tokens
 
 
 def test_submissions_from_several_threads_keep_their_own_answers(engine: Engine) -> None:
