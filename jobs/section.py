@@ -94,6 +94,13 @@ class Section:
         value = self.table.get(key, default)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
+    def flag(self, key: str, *, default: bool) -> bool:
+        """Return true or false."""
+        value = self.table.get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false, without quotes")
+        return value
+
     def share(self, key: str, default: float) -> float:
         """Return a number in [0, 1]."""
         value = self.real(key, default)

@@ -31,7 +31,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "model": ("checkpoint",),
     "deploy": ("mode", "runner", "workers", "options"),
     "task": (
-        *("name", "kind", "labels", "guidelines", "instruction", "threshold", "max_tokens"),
+        *("name", "kind", "labels", "guidelines", "instruction", "calibrate", "threshold", "max_tokens"),
         *("json_schema", "regex", "choices", "temperature", "top_p", "seed", "samples", "stop"),
     ),
     "limits": ("max_prompt_tokens", "max_reject_rate"),
@@ -39,6 +39,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 
 _KINDS_OF_KEY = {
     "labels": ("choose", "choose_many"),
+    "calibrate": ("choose",),
     "threshold": ("choose_many",),
     **dict.fromkeys(
         (
@@ -211,6 +212,7 @@ def _task(section: Section) -> Task:
         labels=labels,
         guidelines=section.text("guidelines", ""),
         instruction=instruction,
+        calibrate=section.flag("calibrate", default=False),
         threshold=section.share("threshold", 0.5),
         max_tokens=section.integer("max_tokens", 64),
         json_schema=_json_schema(section),

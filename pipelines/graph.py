@@ -62,7 +62,9 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
         prompts = _PROVIDER.prompts.get(prompts_key)
         if prompts is None:
             limit = min(plan.max_prompt_tokens, engine.max_position_embeddings)
-            prompts = _PROVIDER.prompts[prompts_key] = Prompts(plan.tasks, engine.tokenizer, limit)
+            prompts = Prompts(plan.tasks, engine.tokenizer, limit)
+            prompts.calibrate(engine)
+            _PROVIDER.prompts[prompts_key] = prompts
         return engine, prompts
 
 

@@ -12,7 +12,10 @@ and is computed once; then the ticket, once for all tasks; then the words each a
     assistant: <task>: <any of these>         under a grammar, on a line of its own: no space begins it
 
 Scores. `choose`: the probability that the model writes the label when it must write one of them, token by token; a
-label that another one begins with is followed by the end of the turn. `choose_many`: P(yes) / (P(yes) + P(no)).
+label that another one begins with is followed by the end of the turn. `choose_many`: P(yes) / (P(yes) + P(no)). A
+`choose` task may ask for calibration: probabilities are divided by those of tickets without content, which takes out a
+small model's liking for some labels whatever the ticket (contextual calibration, arXiv 2102.09690). Not where a label
+rightly fits a ticket that says nothing, such as "safe".
 """
 
 import hashlib
@@ -24,8 +27,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from k2model.engine.candidates import candidate_tree
-from k2model.engine.request import GREEDY, Candidate, Completion, Grammar, Request, Sampling
-from schemas.errors import PromptTooLong, SpecError
+from k2model.engine.request import GREEDY, Candidate, Completion, Grammar, Request, Sampling, SupportsSubmit
+from schemas.errors import K2Error, PromptTooLong, SpecError
 from schemas.runs import Task
 
 _TICKET = "\ue000ticket\ue000"
@@ -60,6 +63,10 @@ class SupportsEncode(Protocol):
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """Return `messages` in the checkpoint's chat format."""
         ...
+
+
+_CONTENT_FREE = ("N/A", "[MASK]", "")
+"""Tickets that say nothing. Source: arXiv 2102.09690, section 5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,28 @@ class Prompts:
         self._frames = [_Frame(before, [*after, *self._cue(task)], task=task) for task in self._generated]
         if self._scored:
             self._frames.insert(0, _Frame(before, after, self._candidates))
+        self._prior = [0.0] * len(self._candidates)
+        """What is subtracted from each candidate's log-probability."""
+
+    def calibrate(self, engine: SupportsSubmit) -> None:
+        """Ask `engine`, once, what it says of tickets without content; call before `answers`.
+
+        Raises: K2Error if it cannot compute them.
+        """
+        if not any(task.calibrate for task in self._scored):
+            return
+        tickets = [self._tokenizer.encode(text) for text in _CONTENT_FREE]
+        completions = engine.submit([self._frames[0].requests(ids, ())[0] for ids in tickets]).result()
+        error = next((completion.error for completion in completions if completion.error), None)
+        if error is not None:
+            raise K2Error(f"the model cannot compute even an empty ticket: {error}", remedy="run `k2batch doctor`")
+        means = [sum(column) / len(column) for column in zip(*(c.logprobs for c in completions), strict=True)]
+        start = 0
+        for task in self._scored:
+            stop = start + _num_candidates(task)
+            if task.calibrate:
+                self._prior[start:stop] = means[start:stop]
+            start = stop
 
     def requests(self, text: str) -> tuple[Request, ...]:
         """Return all requests of one row: one for the scored tasks together, one per sample of each `generate` task.
@@ -150,7 +179,7 @@ class Prompts:
         columns: dict[str, Any] = {}
         rest = list(completions)
         if self._scored:
-            logprobs = rest.pop(0).logprobs
+            logprobs = [ln - prior for ln, prior in zip(rest.pop(0).logprobs, self._prior, strict=True)]
             start = 0
             for task in self._scored:
                 own = slice(start, start + _num_candidates(task))

@@ -40,6 +40,8 @@ class Task:
     guidelines: str = ""
     instruction: str = ""
     """What to write, for `generate`."""
+    calibrate: bool = False
+    """`choose`: divide probabilities by those of tickets without content."""
     threshold: float = 0.5
     """`choose_many`: the lowest score at which a label is given."""
     max_tokens: int = 64

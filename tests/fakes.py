@@ -196,6 +196,7 @@ def annotate_directly(plan: Plan, units: Iterable[Unit]) -> None:
     """Annotate and commit `units` without Beam: the same steps, called in turn."""
     engine = FakeEngine()
     prompts = Prompts(plan.tasks, engine.tokenizer, plan.max_prompt_tokens)
+    prompts.calibrate(engine)
     for unit in units:
         commit(annotate(Block(unit, read_unit(unit), time.perf_counter()), plan, prompts, engine), plan)
 

@@ -1,12 +1,14 @@
 """Prompts: one for all scored tasks, the ticket as data, and scores that are what the docstring states."""
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from k2model.engine.request import GREEDY, Completion, Grammar
+from k2model.engine.request import GREEDY, Completion, Grammar, Request
 from pipelines.prompts import Prompts, canonical_json
 from schemas.errors import PromptTooLong, SpecError
 from schemas.runs import Task
@@ -58,6 +60,37 @@ def test_choose_is_the_probability_among_the_labels() -> None:
     assert answers["policy_label"] == "hate speech"
     assert answers["policy_score"] == pytest.approx(0.6)
     assert answers["policy_margin"] == pytest.approx(0.3)
+
+
+class _Prior:
+    """An engine that likes the first label of tickets without content, ten to one."""
+
+    busy_seconds = 0.0
+
+    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
+        self.asked = requests
+        future: Future[list[Completion]] = Future()
+        future.set_result(
+            [Completion(logprobs=tuple(map(math.log, (10 / 12, 1 / 12, 1 / 12, 0.5, 0.5)))) for _ in requests]
+        )
+        return future
+
+
+def test_calibration_takes_out_what_empty_tickets_are_called() -> None:
+    scored = Completion(logprobs=tuple(map(math.log, (0.6, 0.3, 0.1, 0.8, 0.2))))
+    many = Task(name="tags", kind="choose_many", labels={"bug": ""})
+    for calibrate, expected in ((False, [0.6, 0.3, 0.1]), (True, [0.06 / 0.46, 0.3 / 0.46, 0.1 / 0.46])):
+        engine = _Prior()
+        prompts = Prompts([replace(CHOOSE, calibrate=calibrate), many], fake_tokenizer(), 2048)
+        prompts.calibrate(engine)
+        answers = prompts.answers([scored])
+        assert [score for _, score in answers["policy_scores"]] == pytest.approx(expected)
+        assert answers["policy_label"] == ("hate" if calibrate else "safe")
+        assert dict(answers["tags_scores"]) == pytest.approx({"bug": 0.8})
+        assert hasattr(engine, "asked") == calibrate
+        if calibrate:
+            begin = engine.asked[0].num_prefix_tokens
+            assert fake_tokenizer().decode(engine.asked[0].prompt_ids[begin:]).startswith("N/A")
 
 
 def test_labels_that_begin_alike_need_a_token_that_ends_one() -> None:
