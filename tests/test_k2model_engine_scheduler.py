@@ -75,6 +75,17 @@ def test_every_request_is_computed_once_behind_its_parents_within_the_budget() -
     assert computed == alone - 9 * (len(requests) - 1) - 39 * (len(tails) - 1)
 
 
+def test_every_computed_token_is_somebodys() -> None:
+    """But for the instructions, which are nobody's: shared segments are counted for the first that needs them."""
+    scheduler = Scheduler(max_num_batched_tokens=40, max_num_kv_tokens=100)
+    requests = [scoring(SHARED + (i,) * 50 + (j,) * 3) for i in range(4) for j in range(5)]
+    requests += [scoring(p) for p in prompts(10)]
+    submit(scheduler, requests)
+    steps = drain(scheduler)
+    computed = sum(num_tokens(item) for items in steps for item in items)
+    assert sum(s.num_computed_tokens + s.num_prefill_tokens for s in answered(steps)) == computed - len(SHARED)
+
+
 def test_short_ones_first_so_that_neighbours_are_alike() -> None:
     scheduler = Scheduler(max_num_batched_tokens=1000, max_num_kv_tokens=1000)
     submit(scheduler, [scoring(p, 0) for p in prompts(40)])

@@ -180,6 +180,33 @@ def test_duplicates_are_asked_once(tmp_path: Path) -> None:
     assert 0 < first["usage"]["cached_tokens"] < first["usage"]["prompt_tokens"]
 
 
+class FailingEngine(FakeEngine):
+    """Cannot compute prompts that say POISON."""
+
+    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
+        good = super().submit(requests).result()
+        texts = [self.tokenizer.decode(request.prompt_ids) for request in requests]
+        future: Future[list[Completion]] = Future()
+        bad = Completion(error="ValueError: POISON")
+        future.set_result([bad if "POISON" in text else c for text, c in zip(texts, good, strict=True)])
+        return future
+
+
+def test_a_row_the_model_cannot_compute_is_rejected_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    rows = [(b"a", b"b"), (b"a", b"POISON"), (b"c", b"d"), (b"a", b"POISON"), (None, None)]
+    path = write_tickets(tmp_path, "a.parquet", text_table(rows))
+    plan = fake_plan([path], tmp_path / "out")
+    engine = FailingEngine()
+    prompts = Prompts(plan.tasks, engine.tokenizer, 4096)
+    block = annotate(Block(plan.units[0], read_unit(plan.units[0]), 0.0), plan, prompts, engine)
+    assert block.table.column("error_code").to_pylist() == [None, "engine_failure", None, "engine_failure", "null_text"]
+    assert block.error_codes == {"engine_failure": 2, "null_text": 1}
+    bad = block.table.slice(1, 1).to_pylist()[0]
+    assert bad["status"] == "rejected"
+    assert "ValueError: POISON" in bad["error_message"]
+    assert bad["policy_label"] is bad["reply_text"] is bad["usage"] is None
+
+
 def test_numbers_add_up(tmp_path: Path) -> None:
     block, asked, _ = run(text_table([(b"a", b"b"), (b"a", b"b"), (b"c", b"ddd"), (None, None)]), tmp_path)
     usage = [value for value in block.table.column("usage").to_pylist() if value]
