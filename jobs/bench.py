@@ -1,8 +1,7 @@
-"""Measurements: what the INT8 layers cost, what they lose, and how fast the engine is beside its peers."""
+"""Measurements: what the INT8 layers cost, and what they lose."""
 
 import itertools
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,7 @@ from k2model.decoder.attention import Attention
 from k2model.decoder.feed_forward import FeedForward
 from k2model.decoder.linear import FloatLinear, Int8Linear
 from k2model.decoder.model import Decoder
-from k2model.engine.engine import Engine, load
-from k2model.engine.request import Candidate, Request
+from k2model.engine.engine import load
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
 from pipelines import storage
 from pipelines.prompts import Prompts
@@ -46,7 +44,9 @@ def linear(checkpoint: str = DEFAULT_CHECKPOINT, rounds: int = 30) -> dict[str, 
     rows = []
     for (name, int8), tokens in itertools.product(shapes.items(), _ROWS):
         if not isinstance(int8, Int8Linear):
-            raise SpecError(f"{checkpoint}: {name} is not INT8", remedy="give a checkpoint that mode cpu converts")
+            raise SpecError(
+                f"{checkpoint}: {name} is not INT8", remedy="give one whose linears are all INT8, or none is"
+            )
         in_bfloat16 = FloatLinear((int8.weight.float() * int8.weight_scale[:, None]).bfloat16())
         x = torch.randn(tokens, int8.weight.shape[1])
         int8_s, bfloat16_s = _in_turn([lambda x=x, f=int8: f(x), lambda x=x, f=in_bfloat16: f(x)], rounds)  # type: ignore[misc]
@@ -62,8 +62,10 @@ def linear(checkpoint: str = DEFAULT_CHECKPOINT, rounds: int = 30) -> dict[str, 
     return {"checkpoint": checkpoint, "threads": torch.get_num_threads(), "rows": rows}
 
 
-def quality(checkpoint: str = DEFAULT_CHECKPOINT, tickets: str = "", labels: str = "", n: int = 40) -> dict[str, Any]:
-    """Return how far the INT8 model is from the checkpoint's own weights in float32.
+def quality(
+    checkpoint: str = DEFAULT_CHECKPOINT, tickets: str = "", labels: str = "", n: int = 40, precision: str = "int8"
+) -> dict[str, Any]:
+    """Return how far the model in `precision` is from the checkpoint's own weights in float32.
 
     `kl_labels`: divergence in nats of the next-token distribution over the labels' first tokens, at the end of the
     prompt. `kl_vocabulary` and `top1_agreement`: over the whole vocabulary, at the last 64 tokens of each prompt.
@@ -74,72 +76,26 @@ def quality(checkpoint: str = DEFAULT_CHECKPOINT, tickets: str = "", labels: str
             moderation sweep over its samples.
         labels: JSON object of label to first token id, for `tickets`.
         n: prompts.
+        precision: what is measured.
     """
-    exact, tokenizer = load(checkpoint, "float32")
-    int8, _ = load(checkpoint)
+    exact, tokenizer = load(checkpoint, "fp32")
+    rounded, _ = load(checkpoint, precision)
     prompts, label_ids = _given_prompts(tickets, labels, n) if tickets else _sample_prompts(tokenizer, n)
     kl_labels, kl_vocabulary, agreement = [], [], []
     for ids in prompts:
-        (p, p_labels), (q, q_labels) = _last_logits(exact, ids, label_ids), _last_logits(int8, ids, label_ids)
+        (p, p_labels), (q, q_labels) = _last_logits(exact, ids, label_ids), _last_logits(rounded, ids, label_ids)
         kl_labels.append(_divergence(p_labels, q_labels))
         kl_vocabulary.append(_divergence(p, q))
         agreement.append((p.argmax(-1) == q.argmax(-1)).float())
     return {
         "checkpoint": checkpoint,
+        "precision": precision,
         "prompts": len(prompts),
         "labels": len(label_ids),
         "kl_labels": round(torch.cat(kl_labels).mean().item(), 5),
         "kl_labels_p90": round(torch.cat(kl_labels).quantile(0.9).item(), 5),
         "kl_vocabulary": round(torch.cat(kl_vocabulary).mean().item(), 5),
         "top1_agreement": round(torch.cat(agreement).mean().item(), 4),
-    }
-
-
-def engine(
-    checkpoint: str = DEFAULT_CHECKPOINT, *, work: int, tickets: str, labels: str, n: int = 0, repeats: int = 3
-) -> dict[str, Any]:
-    """Return tickets and tokens per second on the work that peers are measured by; token ids in, answers out.
-
-    Args:
-        checkpoint: what to run.
-        work: 1 scores the labels as next token, 2 generates 32 tokens greedily.
-        tickets: one JSON object a line with `prefix_ids` and `body_ids`.
-        labels: JSON object of label to token id.
-        n: tickets; by default 512 for work 1 and 128 for work 2.
-        repeats: timed repeats, after one that is not.
-    """
-    if not tickets or not labels:
-        raise SpecError("bench engine needs prompts", remedy="give --tickets FILE and --labels FILE")
-    lines = [json.loads(line) for line in Path(tickets).read_text(encoding="utf-8").splitlines()]
-    lines = lines[: n or (512 if work == 1 else 128)]
-    candidates = tuple(Candidate((i,), 1) for i in json.loads(Path(labels).read_text(encoding="utf-8")).values())
-    requests = [
-        Request(
-            prompt_ids=(*line["prefix_ids"], *line["body_ids"]),
-            num_prefix_tokens=len(line["prefix_ids"]),
-            candidates=candidates if work == 1 else (),
-            max_tokens=32 if work == 2 else 0,
-        )
-        for line in lines
-    ]
-    opened = Engine.open(checkpoint)
-    opened.submit(requests).result()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        opened.submit(requests).result()
-        seconds.append(time.perf_counter() - start)
-    opened.close()
-    tokens = sum(len(line["body_ids"]) for line in lines) if work == 1 else 32 * len(lines)
-    median = statistics.median(seconds)
-    return {
-        "engine": "k2batch W8A8",
-        "work": work,
-        "tickets": len(lines),
-        "seconds": [round(s, 3) for s in seconds],
-        "tickets_per_s": round(len(lines) / median, 2),
-        "tokens_per_s": round(tokens / median, 1),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
 
 

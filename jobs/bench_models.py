@@ -67,7 +67,8 @@ def layer(config_json: dict[str, Any] | None = None, rounds: int = 3) -> dict[st
         _write_int4(folder, raw)
         written = time.perf_counter()
         checkpoint = open_checkpoint(str(folder))
-        read = read_layer(config, 0, LinearReader(checkpoint.weights(), torch.bfloat16, expand=False))
+        reader = LinearReader(checkpoint.weights(), torch.bfloat16, expand=False)
+        read = read_layer(config, 0, reader, reader)
         loaded = time.perf_counter()
         stored = sum(path.stat().st_size for path in folder.iterdir())
     finally:

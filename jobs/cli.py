@@ -38,18 +38,20 @@ EXAMPLES = {
     "verify": "k2batch verify annotated/moderation-sweep-*",
     "report": "k2batch report annotated/moderation-sweep-*",
     "models": "k2batch models inspect smollm2-135m-instruct",
+    "calibrate": "k2batch calibrate my-moe.toml --rows 8 -o thresholds.json",
     "doctor": "k2batch doctor",
     "bench": "k2batch bench linear --rounds 3",
 }
 """Shown in each verb's help, and run by a test."""
 
 _ABOUT = {
-    "plan": "Say what a run would do: files, units, rows, rejected files. Writes nothing.",
+    "plan": "Say what a run would do: files, rows, tokens before and after sharing, rejects. Writes nothing.",
     "run": "Annotate every row of a job's input. Running again resumes, and costs nothing once complete.",
     "status": "Say how far a run is, from its receipts. Exits as the run would: 0 once it is complete.",
-    "verify": "Prove from the files alone that every input row is in the output once.",
+    "verify": "Prove from the files alone that every input row is in the output once; with --replay, its answers too.",
     "report": "Write report.html into a finished run, and show it in short.",
     "models": "Look into a checkpoint before fetching it, compare it with reference fixtures, or convert it to INT8.",
+    "calibrate": "Find which experts a job's own tickets can do without, for [model] router_thresholds.",
     "doctor": "Check this machine and installation.",
     "bench": "Measure kernels, what INT8 loses, the engine, a true-size K2 layer, a conversion in little memory.",
 }
@@ -57,8 +59,8 @@ _ABOUT = {
 _MEASURED = {
     "kernels": "kernels: each beside its limit and its peer",
     "linear": "linear: INT8 layers beside bfloat16",
-    "quality": "quality: what INT8 loses",
-    "engine": "engine: the peers' two works",
+    "quality": "quality: what INT8, or another precision, loses",
+    "engine": "engine: tickets per second, beside peers on the same work",
     "layer": "layer: one of Kimi-K2 at its true size",
     "conversion": "conversion: a checkpoint larger than memory",
 }
@@ -77,10 +79,10 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
     verb, as_json = arguments.verb, arguments.json
     try:
         with _interruptible(as_json):
-            if verb == "run":
-                return _run(arguments, open_engine)
-            verbs = {"plan": _plan, "status": _status, "verify": _verify, "report": _report, "doctor": _doctor}
-            return {**verbs, "bench": _bench, "models": _models}[verb](arguments)
+            if verb in ("run", "verify"):
+                return {"run": _run, "verify": _verify}[verb](arguments, open_engine)
+            verbs = {"plan": _plan, "status": _status, "report": _report, "doctor": _doctor}
+            return {**verbs, "bench": _bench, "models": _models, "calibrate": _calibrate}[verb](arguments)
     except K2Error as error:
         return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
     except KeyboardInterrupt:
@@ -118,8 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         made[verb].add_argument("--json", action="store_true", help="end stdout with one JSON object")
     for verb in ("plan", "run"):
         _add_job_arguments(made[verb])
+    _add_calibrate_arguments(made["calibrate"])
     for verb in ("status", "verify", "report"):
         made[verb].add_argument("run", metavar="RUN", help="the run's folder or URL: <output>/<run_id>")
+    made["verify"].add_argument(
+        "--replay", type=_count, metavar="N", default=0, help="compute N random rows again, each alone: the same bits?"
+    )
+    made["verify"].add_argument("--seed", type=int, metavar="S", default=0, help="draws other rows (0)")
     _add_bench_arguments(made["bench"])
     _add_models_arguments(made["models"])
     return parser
@@ -156,13 +163,45 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="instead of [deploy] workers")
 
 
+def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", metavar="JOB.toml", help="a job whose checkpoint has experts")
+    parser.add_argument(
+        "--agreement", type=_share, metavar="X", default=0.99, help="tickets answered as by all experts (0.99)"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", default=200, help="tickets, half of them held back (200)")
+    parser.add_argument("-o", dest="target", metavar="FILE", required=True, help="where thresholds and report go")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=tuple(_MEASURED), help=", ".join(_MEASURED.values()))
     parser.add_argument("--checkpoint", metavar="URL", help="instead of the default model")
     parser.add_argument("--tickets", metavar="FILE", default="", help="prompts of token ids, one JSON object a line")
     parser.add_argument("--labels", metavar="FILE", default="", help="JSON object of label to token id")
-    parser.add_argument("--work", type=int, choices=(1, 2), default=1, help="engine: 1 scores labels, 2 generates")
-    parser.add_argument("--rounds", type=int, metavar="N", help="timed repeats")
+    parser.add_argument(
+        "--work",
+        choices=("1", "2", "labels77", "long", "mixed", "json"),
+        default="1",
+        help="engine: 1 scores labels, 2 generates (both as peers do), labels77 beside 2 labels, long tickets, mixed "
+        "instructions, json beside free text",
+    )
+    parser.add_argument("--limit", type=_count, metavar="N", default=0, help="engine: tickets, not the work's number")
+    parser.add_argument("--rounds", "--repeats", type=_count, metavar="N", help="timed repeats")
+    parser.add_argument(
+        "--precision", choices=("int8", "mixed", "bf16"), default="int8", help="quality, engine: what is run"
+    )
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels: those whose name contains this")
     parser.add_argument("--plot", metavar="FILE", help="kernels: draw shares of the limit, .svg or .png")
     parser.add_argument("--limit-mb", type=int, metavar="N", default=600, help="conversion: memory it may have")
@@ -185,22 +224,13 @@ def _spec(arguments: argparse.Namespace) -> "JobSpec":
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from jobs.run import plan_job
+    from jobs.run import plan_facts, plan_job, plan_text, plan_tokens
 
-    plan = plan_job(_spec(arguments))
-    rejected = [asdict(file) for file in plan.rejected_files]
-    facts = {
-        "run_id": plan.run_id,
-        "files": plan.files,
-        "units": len(plan.units),
-        "rows": plan.rows,
-        "rejected_files": rejected,
-        "output": plan.output,
-    }
-    lines = [f"{plan.run_id}: {plan.rows:,} rows in {plan.files} files, {len(plan.units)} units, to {plan.output}"]
-    lines += [f"  rejected file {file['url']}: {file['error_code']}: {file['error_message']}" for file in rejected]
-    _show(arguments, facts, "\n".join(lines))
-    return 3 if rejected else 0
+    spec = _spec(arguments)
+    plan = plan_job(spec)
+    tokens = plan_tokens(spec, plan)
+    _show(arguments, plan_facts(plan, tokens), plan_text(plan, tokens))
+    return 3 if plan.rejected_files or tokens.unreadable else 0
 
 
 def _run(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int:
@@ -248,14 +278,22 @@ def _status(arguments: argparse.Namespace) -> int:
     return exit_code(manifest) if manifest is not None and is_final else INCOMPLETE
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int:
     from jobs.verify import verify
 
     problems = verify(arguments.run)
     lines = [f"{arguments.run}: {len(problems)} problems", *(f"  {problem}" for problem in problems)]
-    proven = f"{arguments.run}: proven, every input row is in the output once"
-    _show(arguments, {"proven": not problems, "problems": problems}, "\n".join(lines) if problems else proven)
-    return INCOMPLETE if problems else 0
+    if not problems:
+        lines = [f"{arguments.run}: proven, every input row is in the output once"]
+    facts: dict[str, Any] = {"proven": not problems, "problems": problems}
+    if arguments.replay:
+        from jobs import replay
+
+        found = replay.replay(arguments.run, arguments.replay, seed=arguments.seed, open_engine=open_engine)
+        facts |= {"proven": facts["proven"] and found.is_equal, "replay": asdict(found)}
+        lines += replay.as_lines(found)
+    _show(arguments, facts, "\n".join(lines))
+    return 0 if facts["proven"] else INCOMPLETE
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -263,6 +301,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
     text, facts = report(arguments.run)
     _show(arguments, facts, text)
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from jobs import calibrate
+    from jobs.spec import load_spec
+
+    spec = load_spec(arguments.spec, {"model": {"router_thresholds": ""}})  # which may not be there yet
+    facts = calibrate.calibrate(spec, agreement=arguments.agreement, rows=max(arguments.rows, 2), say=_say)
+    calibrate.write(facts, arguments.target)
+    _show(arguments, facts, calibrate.as_text(facts))
     return 0
 
 
@@ -295,7 +344,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         )
         _show(arguments, facts, bench_models.as_text(facts))
         return 0
-    from jobs import bench
+    from jobs import bench, bench_engine
     from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
 
     checkpoint = arguments.checkpoint or DEFAULT_CHECKPOINT
@@ -303,10 +352,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.what == "linear":
         facts = bench.linear(checkpoint, arguments.rounds or 30)
     elif arguments.what == "quality":
-        facts = bench.quality(checkpoint, **files)
+        facts = bench.quality(checkpoint, precision=arguments.precision, **files)
     else:
-        facts = bench.engine(checkpoint, work=arguments.work, repeats=arguments.rounds or 3, **files)
-    _show(arguments, facts, bench.as_text(facts))
+        options = {"work": arguments.work, "limit": arguments.limit, "precision": arguments.precision, **files}
+        facts = bench_engine.engine(checkpoint, rounds=arguments.rounds or 3, **options)
+    as_text = bench_engine.as_text if arguments.what == "engine" else bench.as_text
+    _show(arguments, facts, as_text(facts))
     return 0
 
 

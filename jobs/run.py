@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from jobs.report import publish_report
 from jobs.spec import JobSpec
-from k2model.formats.checkpoint import fingerprint
+from k2model.formats.checkpoint import fingerprint, open_checkpoint
 from pipelines.annotate import OpenEngine
 from pipelines.commit import done_units, pending_units, write_plan
 from pipelines.finalize import finalize
+from pipelines.prompts import Prompts
+from pipelines.tokens import Tokens, count_tokens
 from pipelines.units import make_plan
 from schemas.runs import Manifest, Plan
 
@@ -62,13 +65,77 @@ def plan_job(spec: JobSpec) -> Plan:
         columns=spec.columns,
         tasks=spec.tasks,
         checkpoint=spec.checkpoint,
-        model_fingerprint=fingerprint(spec.checkpoint, spec.mode),
+        model_fingerprint=fingerprint(spec.checkpoint, spec.precision, spec.router_thresholds),
         mode=spec.mode,
+        precision=spec.precision,
+        router_thresholds=spec.router_thresholds,
         prefix=spec.prefix,
         max_prompt_tokens=spec.max_prompt_tokens,
         unit_rows=spec.unit_rows,
         on_bad_file=spec.on_bad_file,
     )
+
+
+def plan_tokens(spec: JobSpec, plan: Plan) -> Tokens:
+    """Return what the job's rows will cost in tokens; opens the model's tokenizer, not its weights.
+
+    Raises: SpecError; CheckpointError; StorageError.
+    """
+    from k2model.compress.recipe import open_tokenizer  # loads torch, which a run does only in its workers
+
+    source = open_checkpoint(spec.checkpoint)
+    limit = min(plan.max_prompt_tokens, source.config().max_position_embeddings)
+    return count_tokens(plan, Prompts(plan.tasks, open_tokenizer(source), limit))
+
+
+def plan_facts(plan: Plan, tokens: Tokens) -> dict[str, Any]:
+    """Return the plan as `k2batch plan --json` prints it."""
+    return {
+        "run_id": plan.run_id,
+        "files": plan.files,
+        "units": len(plan.units),
+        "rows": plan.rows,
+        "rejected_files": [asdict(file) for file in plan.rejected_files],
+        "output": plan.output,
+        "rows_read": tokens.rows,
+        "is_estimate": tokens.is_estimate,
+        "unreadable_units": tokens.unreadable,
+        "error_codes": dict(sorted(tokens.rejects.items())),
+        "prompt_tokens": tokens.prompt_tokens,
+        "cached_tokens": {
+            "duplicates": tokens.duplicates,
+            "instructions": tokens.instructions,
+            "beginnings": tokens.beginnings,
+        },
+        "scored_tokens": tokens.scored,
+        "computed_tokens": tokens.computed_tokens,
+        "max_output_tokens": tokens.generated,
+    }
+
+
+def plan_text(plan: Plan, tokens: Tokens) -> str:
+    """Return the plan for people: what is read, what is refused, and the tokens before and after sharing."""
+    lines = [f"{plan.run_id}: {plan.rows:,} rows in {plan.files} files, {len(plan.units)} units, to {plan.output}"]
+    lines += [f"  rejected file {file.url}: {file.error_code}: {file.error_message}" for file in plan.rejected_files]
+    lines += [f"  unreadable: {message}" for message in tokens.unreadable]
+    about = "about " if tokens.is_estimate else ""
+    if tokens.rejects:
+        codes = ", ".join(f"{count:,} {code}" for code, count in sorted(tokens.rejects.items()))
+        lines.append(f"  rows to be rejected: {about}{tokens.rejects.total():,} ({codes})")
+    share = (
+        f"estimated from {tokens.rows:,} rows ({tokens.rows / plan.rows:.0%})" if tokens.is_estimate else "of all rows"
+    )
+    lines.append(f"  tokens, {share}:")
+    counts = {
+        "prompts, each asked alone": tokens.prompt_tokens,
+        "cached: exact duplicates": -tokens.duplicates,
+        "cached: instructions": -tokens.instructions,
+        "cached: other shared beginnings": -tokens.beginnings,
+        "labels to score": tokens.scored,
+        "computed": tokens.computed_tokens,
+    }
+    lines += [f"    {what:<32}{count:>16,}" for what, count in counts.items()]
+    return "\n".join([*lines, f"    {'written, at most':<32}{tokens.generated:>16,}"])
 
 
 def run(

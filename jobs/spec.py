@@ -20,6 +20,7 @@ from schemas.tickets import TicketColumns
 
 RUNNERS = ("local", "dask", "portable")
 MODES = ("cpu",)
+PRECISIONS = ("int8", "mixed", "bf16", "fp32")
 ON_BAD_FILE = ("reject", "fail")
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -28,7 +29,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "input": ("urls", "columns", "on_bad_file", "unit_rows"),
     "input.columns": ("id", "text"),
     "output": ("url", "prefix"),
-    "model": ("checkpoint",),
+    "model": ("checkpoint", "precision", "router_thresholds"),
     "deploy": ("mode", "runner", "workers", "options"),
     "task": (
         *("name", "kind", "labels", "guidelines", "instruction", "calibrate", "threshold", "max_tokens"),
@@ -81,6 +82,10 @@ class JobSpec:
     prefix: str
     """Written before every added column's name."""
     checkpoint: str
+    precision: str
+    """What the model's values are rounded to, one of PRECISIONS."""
+    router_thresholds: tuple[float, ...]
+    """Of each layer, to drop experts by, as `k2batch calibrate` found them; none to drop none."""
     mode: str
     runner: str
     workers: int
@@ -126,7 +131,9 @@ def _job(root: Section) -> JobSpec:
     from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
 
     root.check_keys()
-    input_, output, deploy, limits = (root.section(key) for key in ("input", "output", "deploy", "limits"))
+    input_, output, model, deploy, limits = (
+        root.section(key) for key in ("input", "output", "model", "deploy", "limits")
+    )
     urls = input_.texts("urls")
     if not urls:
         raise input_.missing("urls", '["tickets/*.parquet"]')
@@ -141,7 +148,9 @@ def _job(root: Section) -> JobSpec:
         unit_rows=input_.integer("unit_rows", 2048),
         output=output.text("url", ""),
         prefix=output.matching("prefix", _PREFIX, "letters, digits and underscore", ""),
-        checkpoint=root.section("model").text("checkpoint", DEFAULT_CHECKPOINT) or DEFAULT_CHECKPOINT,
+        checkpoint=model.text("checkpoint", DEFAULT_CHECKPOINT) or DEFAULT_CHECKPOINT,
+        precision=model.one_of("precision", PRECISIONS, "int8"),
+        router_thresholds=_router_thresholds(model),
         mode=_mode(deploy),
         runner=deploy.one_of("runner", RUNNERS, "local"),
         workers=deploy.integer("workers", 1),
@@ -157,6 +166,23 @@ def _mode(deploy: Section) -> str:
     if mode not in MODES:
         raise deploy.wrong("mode", "one of: cpu; this version has no other mode", 'say mode = "cpu", or leave it out')
     return mode
+
+
+def _router_thresholds(model: Section) -> tuple[float, ...]:
+    """Return what the file that `router_thresholds` names says; nothing for no file."""
+    path = model.text("router_thresholds", "")
+    if not path:
+        return ()
+    remedy = "make it: k2batch calibrate JOB.toml -o thresholds.json"
+    try:
+        thresholds = json.loads(Path(path).read_text(encoding="utf-8"))["thresholds"]
+    except FileNotFoundError:
+        raise model.wrong("router_thresholds", "the path of a file that exists", remedy) from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise model.wrong("router_thresholds", "a file that k2batch calibrate wrote", remedy) from error
+    if not isinstance(thresholds, list) or not all(isinstance(t, int | float) and 0 < t <= 1 for t in thresholds):
+        raise model.wrong("router_thresholds", "a file whose thresholds are numbers above 0, up to 1", remedy)
+    return tuple(float(threshold) for threshold in thresholds)
 
 
 def _columns(section: Section) -> TicketColumns:

@@ -21,6 +21,7 @@ from torch import Tensor
 from k2model.decoder.feed_forward import MixtureOfExperts, Router
 from k2model.decoder.linear import FloatLinear, Linear, LinearReader
 from k2model.decoder.model import Decoder, Layer
+from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.step import TILE, DecodeGroup, Span, Step
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from k2model.formats.compressed_tensors import unpack_int4
@@ -117,7 +118,7 @@ def _check_int8(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> Iterato
         return
     config, weights = checkpoint.config(), checkpoint.weights()
     scheme = (variant - reference["ragged.logits"]).abs().mean().item()
-    whole = Decoder.from_weights(config, weights, dtype=torch.float32)
+    whole = Decoder.from_weights(config, weights, replace(PRECISIONS["fp32"], expand=False))
     head: Linear = FloatLinear(whole.lm_head)
     if not weights.is_tied:  # the head, too, may be quantized; the engine expands it
         head = LinearReader(weights, torch.float32, False).read([("lm_head", config.vocab_size)], config.hidden_size)
@@ -183,7 +184,7 @@ def _check_embedded(reference: dict[str, Any], tensors: dict[str, Tensor]) -> It
 
 
 def _float_decoder(checkpoint: Checkpoint) -> Decoder:
-    return Decoder.from_weights(checkpoint.config(), checkpoint.weights(), dtype=torch.float32, expand=True)
+    return Decoder.from_weights(checkpoint.config(), checkpoint.weights(), PRECISIONS["fp32"])
 
 
 @dataclass(slots=True)

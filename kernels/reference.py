@@ -105,6 +105,17 @@ def choose_experts(
     return torch.tensor(chosen)
 
 
+def weakest_experts(expert_weights: Tensor, threshold: float) -> Tensor:
+    """Return which slots [T, A] bool follow, by descending weight, others that hold `threshold` of a token's weight."""
+    weakest = []
+    for row in expert_weights.tolist():
+        order = sorted(range(len(row)), key=lambda slot, row=row: (-row[slot], slot))  # type: ignore[misc]
+        held = [sum(row[slot] for slot in order[:rank]) for rank in range(len(row))]
+        late = {slot for rank, slot in enumerate(order) if rank and held[rank] >= threshold * sum(row)}
+        weakest.append([slot in late for slot in range(len(row))])
+    return torch.tensor(weakest)
+
+
 def int4_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Return x @ (weight * scale).T as float32 [T, N], summed in float64.
 

@@ -22,7 +22,7 @@ from schemas.runs import Plan, Unit
 
 
 class _Provider:
-    """The engines and prompts of this process: one per checkpoint and mode, whichever thread asks first."""
+    """The engines and prompts of this process: one per model as planned, whichever thread asks first."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -36,11 +36,11 @@ _PROVIDER = _Provider()
 
 
 def open_model(plan: Plan) -> SupportsAnnotate:
-    """Return an opened engine for the plan's checkpoint and mode."""
+    """Return an opened engine for the plan's model."""
     # Here, so that torch is loaded where rows are annotated and not where graphs are built.
     from k2model.engine.engine import Engine
 
-    return Engine.open(plan.checkpoint, mode=plan.mode)
+    return Engine.open(plan.checkpoint, precision=plan.precision, router_thresholds=plan.router_thresholds)
 
 
 def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnnotate, Prompts]:
@@ -48,7 +48,7 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
 
     Raises: CheckpointError if the checkpoint is not the one that was planned.
     """
-    engine_key = (plan.checkpoint, plan.mode, open_engine)
+    engine_key = (plan.checkpoint, plan.mode, plan.precision, plan.router_thresholds, open_engine)
     prompts_key = (*engine_key, plan.run_id)
     with _PROVIDER.lock:
         engine = _PROVIDER.engines.get(engine_key)

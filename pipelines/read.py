@@ -1,5 +1,6 @@
 """Rows of one unit, as the file holds them: every column, every type, every byte."""
 
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -13,8 +14,8 @@ from schemas.runs import Unit
 _BATCH_ROWS = 1024
 
 
-def read_unit(unit: Unit) -> pa.Table:
-    """Return the unit's rows with all input columns, in file order.
+def read_unit(unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the unit's rows, in file order, with all input columns or those of `columns` that the file has.
 
     Raises: SchemaMismatch if the file is gone, is not the file that was planned, or cannot be decoded; StorageError.
     """
@@ -26,14 +27,14 @@ def read_unit(unit: Unit) -> pa.Table:
                 remedy="run the job again: a changed file makes a new plan",
             )
         with storage.open_read(unit.url) as file:
-            return storage.retried(f"read {unit.url}", lambda: _decode(unit, file))
+            return storage.retried(f"read {unit.url}", lambda: _decode(unit, file, columns))
     except FileNotFoundError as error:
         raise SchemaMismatch(
             f"{unit.url}: gone since the plan was made", remedy="put it back, or run the job again without it"
         ) from error
 
 
-def _decode(unit: Unit, file: BinaryIO) -> pa.Table:
+def _decode(unit: Unit, file: BinaryIO, columns: Sequence[str] | None) -> pa.Table:
     first, last = unit.row_groups
     try:
         file.seek(0)
@@ -42,9 +43,9 @@ def _decode(unit: Unit, file: BinaryIO) -> pa.Table:
             raise SchemaMismatch(f"{unit.url}: has {parquet.metadata.num_row_groups} row groups, planned {last}")
         planned = range(first, last)
         if sum(parquet.metadata.row_group(index).num_rows for index in planned) == unit.rows:
-            table = parquet.read_row_groups(list(planned))
+            table = parquet.read_row_groups(list(planned), columns)
         else:
-            table = _read_slice(parquet, unit)
+            table = _read_slice(parquet, unit, columns)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and not _is_decoding(error):
             raise
@@ -55,11 +56,11 @@ def _decode(unit: Unit, file: BinaryIO) -> pa.Table:
     return table
 
 
-def _read_slice(parquet: pq.ParquetFile, unit: Unit) -> pa.Table:
+def _read_slice(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str] | None) -> pa.Table:
     """Return `unit.rows` rows after the first `unit.skip` of the row groups."""
     batches: list[pa.RecordBatch] = []
     skip, wanted = unit.skip, unit.rows
-    for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(range(*unit.row_groups))):
+    for batch in parquet.iter_batches(_BATCH_ROWS, list(range(*unit.row_groups)), columns):
         if skip >= batch.num_rows:
             skip -= batch.num_rows
             continue

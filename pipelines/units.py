@@ -41,6 +41,8 @@ def make_plan(
     checkpoint: str,
     model_fingerprint: str,
     mode: str,
+    precision: str = "int8",
+    router_thresholds: Sequence[float] = (),
     prefix: str = "",
     max_prompt_tokens: int = 2048,
     unit_rows: int = 2048,
@@ -57,6 +59,8 @@ def make_plan(
         checkpoint: the model as the job file names it.
         model_fingerprint: what the checkpoint holds, as `k2model.formats.checkpoint.fingerprint` tells.
         mode: deployment mode.
+        precision: of the model's values; known to the fingerprint, as are the thresholds.
+        router_thresholds: of each layer, to drop experts by.
         prefix: written before every added column's name.
         max_prompt_tokens: a longer prompt is rejected.
         unit_rows: most rows of one unit.
@@ -96,6 +100,8 @@ def make_plan(
         checkpoint=checkpoint,
         model_fingerprint=model_fingerprint,
         mode=mode,
+        precision=precision,
+        router_thresholds=tuple(router_thresholds),
         prefix=prefix,
         max_prompt_tokens=max_prompt_tokens,
         units=tuple(unit for file in files if not file.problems for unit in cut(file, unit_rows)),

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from schemas.tickets import TicketColumns
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of a run's identity: raised when the same inputs would give other bytes."""
 
 
@@ -108,6 +108,10 @@ class Plan:
     checkpoint: str
     model_fingerprint: str
     mode: str
+    precision: str = "int8"
+    """What the model's values are rounded to, as `k2model.decoder.precision` lists; so in plans of earlier versions."""
+    router_thresholds: tuple[float, ...] = ()
+    """Of each layer, to drop experts by; none: a token gets all that its router chose."""
     prefix: str
     """Written before every added column's name."""
     max_prompt_tokens: int
@@ -136,6 +140,7 @@ class Plan:
         raw["tasks"] = tuple(Task.from_dict(task) for task in raw["tasks"])
         raw["units"] = tuple(Unit(**{**unit, "row_groups": tuple(unit["row_groups"])}) for unit in raw["units"])
         raw["rejected_files"] = tuple(RejectedFile(**file) for file in raw["rejected_files"])
+        raw["router_thresholds"] = tuple(raw.get("router_thresholds", ()))
         return cls(**raw)
 
 

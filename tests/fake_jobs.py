@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from schemas.runs import Plan
+from tests.checkpoints import write_checkpoint
 from tests.fakes import FakeEngine, text_array, write_tickets
 
 
@@ -14,11 +15,8 @@ def open_planned_engine(plan: Plan) -> FakeEngine:
 
 
 def checkpoint(folder: Path) -> Path:
-    """Make and return a folder with just enough of a checkpoint to have a fingerprint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
-    return folder
+    """Make and return a tiny checkpoint with the fake model's tokenizer and context."""
+    return write_checkpoint(folder, max_position_embeddings=8192)
 
 
 def dirty_tickets() -> pa.Table:

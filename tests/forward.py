@@ -1,11 +1,13 @@
 """Runs a decoder as tests need it: sequences packed into one step, and greedy decoding with a cache."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
+from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.step import TILE, DecodeGroup, Span, Step
 from k2model.formats.checkpoint import open_checkpoint
 
@@ -13,13 +15,13 @@ from k2model.formats.checkpoint import open_checkpoint
 def float_decoder(folder: Path) -> Decoder:
     """Return the decoder of a checkpoint with everything expanded to float32: the reference path."""
     source = open_checkpoint(str(folder))
-    return Decoder.from_weights(source.config(), source.weights(), dtype=torch.float32, expand=True)
+    return Decoder.from_weights(source.config(), source.weights(), PRECISIONS["fp32"])
 
 
 def stored_decoder(folder: Path) -> Decoder:
     """Return the decoder of a checkpoint that computes with its weights as they are stored, the rest in float32."""
     source = open_checkpoint(str(folder))
-    return Decoder.from_weights(source.config(), source.weights(), dtype=torch.float32)
+    return Decoder.from_weights(source.config(), source.weights(), replace(PRECISIONS["fp32"], expand=False))
 
 
 @torch.inference_mode()

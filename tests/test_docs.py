@@ -11,6 +11,7 @@ from jobs.cli import EXAMPLES, EXIT_CODES, main
 from jobs.spec import _KEYS, load_spec
 from schemas.annotations import JSON_FIELD, ROW_FIELDS, SAMPLES_FIELD, TASK_FIELDS
 from schemas.errors import FILE_ERROR_CODES, ROW_ERROR_CODES
+from tests.checkpoints import write_checkpoint
 from tests.fake_jobs import open_planned_engine
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     job = JOB.replace("s3://my-bucket/tickets/*.parquet", "jobs/samples/labeling-*.parquet")
     job = job.replace("s3://my-bucket/annotated/", "annotated/") + "\n[limits]\nmax_reject_rate = 0.5\n"
     (tmp_path / "my-sweep.toml").write_text(job)
+    write_checkpoint(tmp_path / "moe", family="qwen3_moe", max_position_embeddings=8192)
+    (tmp_path / "my-moe.toml").write_text(job + 'max_prompt_tokens = 8192\n[model]\ncheckpoint = "moe"\n')
     return tmp_path
 
 

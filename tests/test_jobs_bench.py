@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs import bench
-from jobs.cli import main
 from k2model.engine.engine import load
-from schemas.errors import SpecError
 
 
 @pytest.fixture
@@ -33,22 +31,6 @@ def test_quality_is_zero_against_itself_and_small_for_int8(
     files = (prompts["tickets"], prompts["labels"])
     measured = bench.quality(checkpoint, *files)
     assert 0 < measured["kl_vocabulary"] < 0.1
-    exact = load(checkpoint, "float32")
+    exact = load(checkpoint, "fp32")
     monkeypatch.setattr(bench, "load", lambda *_: exact)
     assert bench.quality(checkpoint, *files)["kl_labels"] == 0
-
-
-@pytest.mark.parametrize("work", [1, 2])
-def test_the_engine_does_the_peers_work(
-    checkpoint: str, prompts: dict[str, str], work: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--checkpoint", checkpoint, "--tickets", prompts["tickets"], "--labels", prompts["labels"]]
-    assert main(["bench", "engine", "--work", str(work), "--rounds", "2", "--json", *words]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["tickets"], len(facts["seconds"])) == (30, 2)
-    assert facts["tokens_per_s"] == pytest.approx(facts["tickets_per_s"] * (9 if work == 1 else 32), rel=0.01)
-
-
-def test_the_peers_work_needs_their_files() -> None:
-    with pytest.raises(SpecError, match="needs prompts"):
-        bench.engine(work=1, tickets="", labels="")

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import EXAMPLES, main
+from pipelines.commit import to_parquet
 from schemas.runs import Plan
 from tests.fake_jobs import job_file, open_planned_engine
 from tests.fakes import FakeEngine
@@ -64,6 +67,9 @@ def test_the_verbs_of_a_run_agree(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (code, json.loads(out)["status"], json.loads(out)["units_done"]) == (0, "complete", 4)
     code, out, _ = call(capsys, "verify", run["output"], "--json")
     assert (code, json.loads(out)) == (0, {"proven": True, "problems": []})
+    code, out, _ = call(capsys, "verify", run["output"], "--replay", 5, "--json")
+    replayed = {"rows": 5, "replayed": 5, "flips": [], "problems": []}
+    assert (code, json.loads(out)) == (0, {"proven": True, "problems": [], "replay": replayed})
     code, out, _ = call(capsys, "report", run["output"])
     assert code == 0
     assert "40 in = 33 annotated + 7 rejected" in out
@@ -78,6 +84,43 @@ def test_a_run_with_a_unit_missing_is_unfinished_and_not_proven(
     assert code == 5
     assert "unfinished, 3 of 4 units done" in out
     assert call(capsys, "verify", output)[0] == 5
+
+
+def test_a_flip_is_not_proven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = json.loads(call(capsys, "run", job_file(tmp_path), "--json")[1])["output"]
+    for path in Path(output, "data").iterdir():
+        table = pq.read_table(path)
+        place = table.schema.get_field_index("gist_text")
+        path.write_bytes(to_parquet(table.set_column(place, "gist_text", pa.array(["forged"] * len(table)))))
+    code, out, _ = call(capsys, "verify", output, "--replay", 2, "--json")
+    assert code == 5
+    facts = json.loads(out)
+    assert (facts["proven"], len(facts["problems"])) == (False, 4)
+    assert [(flip["column"], flip["stored"]) for flip in facts["replay"]["flips"]] == [("gist_text", "forged")] * 2
+    code, out, _ = call(capsys, "verify", output, "--replay", 2)
+    assert code == 5
+    assert "replayed 2 of 2 rows drawn, each alone: 2 flipped" in out
+
+
+def test_plan_counts_tokens_and_rejects_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_file(tmp_path)
+    plan = json.loads(call(capsys, "plan", job, "--json")[1])
+    run = json.loads(call(capsys, "run", job, "--json")[1])
+    manifest = json.loads(Path(run["output"], "_manifest.json").read_text())
+    assert plan["error_codes"] == manifest["error_codes"]
+    assert plan["prompt_tokens"] == manifest["prompt_tokens"]
+    assert (plan["rows_read"], plan["is_estimate"]) == (40, False)
+    cached = sum(plan["cached_tokens"].values())
+    assert plan["computed_tokens"] == plan["prompt_tokens"] - cached + plan["scored_tokens"]
+    out = call(capsys, "plan", job)[1]
+    assert "rows to be rejected: 7 (3 blank_text, 1 invalid_utf8, 2 null_text, 1 prompt_too_long)" in out
+    assert f"{plan['computed_tokens']:,}" in out
+
+
+def test_plan_opens_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_file(tmp_path)
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"")
+    assert call(capsys, "plan", job)[0] == 0
 
 
 def test_a_bad_file_exits_3_and_plan_says_so_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from jobs import bench_models
 from jobs.cli import main
 from k2model.decoder.model import Decoder
+from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
@@ -18,7 +19,7 @@ from tests.checkpoints import write_checkpoint
 def write_fixture(folder: Path) -> Path:
     """Write a checkpoint and, as its reference, what we compute ourselves."""
     checkpoint = open_checkpoint(str(write_checkpoint(folder, family="deepseek_v3")))
-    decoder = Decoder.from_weights(checkpoint.config(), checkpoint.weights(), dtype=torch.float32, expand=True)
+    decoder = Decoder.from_weights(checkpoint.config(), checkpoint.weights(), PRECISIONS["fp32"])
     ids = torch.arange(40, 52)
     step = Step([Span(tuple(range(40, 48))), Span(tuple(range(48, 52)))])
     with torch.inference_mode():

@@ -47,6 +47,35 @@ def test_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
     assert (spec.mode, spec.runner, spec.workers, spec.on_bad_file) == ("cpu", "local", 1, "reject")
     assert (spec.unit_rows, spec.max_prompt_tokens, spec.max_reject_rate) == (2048, 2048, 0.01)
     assert spec.checkpoint == "smollm2-135m-instruct"
+    assert (spec.precision, spec.router_thresholds) == ("int8", ())
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (None, "the path of a file that exists"),
+        ("[0.5]", "a file that k2batch calibrate wrote"),
+        ("{", "a file that k2batch calibrate wrote"),
+        ('{"thresholds": [0.5, 0]}', "numbers above 0, up to 1"),
+        ('{"thresholds": [0.5, "1"]}', "numbers above 0, up to 1"),
+        ('{"thresholds": 0.5}', "numbers above 0, up to 1"),
+    ],
+)
+def test_thresholds_are_read_from_what_calibrate_wrote(tmp_path: Path, written: str | None, expected: str) -> None:
+    path = tmp_path / "thresholds.json"
+    if written is not None:
+        path.write_text(written)
+    with pytest.raises(SpecError, match=expected) as caught:
+        load(tmp_path, MINIMAL, model={"router_thresholds": str(path)})
+    assert "k2batch calibrate" in caught.value.remedy
+    path.write_text('{"thresholds": [1, 0.25]}')
+    assert load(tmp_path, MINIMAL, model={"router_thresholds": str(path)}).router_thresholds == (1.0, 0.25)
+
+
+def test_precisions_are_four_words(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, model={"precision": "mixed"}).precision == "mixed"
+    with pytest.raises(SpecError, match='precision is "fp16", expected one of: int8, mixed, bf16, fp32'):
+        load(tmp_path, MINIMAL, model={"precision": "fp16"})
 
 
 def test_label_order_is_the_files_order_and_a_list_of_labels_is_enough(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from k2model.decoder.attention import Attention
 from k2model.decoder.linear import FloatLinear
 from k2model.decoder.mla import LatentAttention
 from k2model.decoder.model import Decoder
+from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.rope import cos_sin, deinterleaved, inverse_frequencies
 from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from k2model.formats.weights import in_memory
@@ -21,7 +22,7 @@ from tests.checkpoints import config_json, random_tensors
 
 def decoder_of(raw: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> Decoder:
     weights = in_memory(random_tensors(raw) if tensors is None else tensors, "test")
-    return Decoder.from_weights(ModelConfig.from_dict(raw, "test"), weights, dtype=torch.float32, expand=True)
+    return Decoder.from_weights(ModelConfig.from_dict(raw, "test"), weights, PRECISIONS["fp32"])
 
 
 LATENTS = [

@@ -88,7 +88,7 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path: Path, file: str, has_con
         open_checkpoint(str(folder)).weights()
     assert "safetensors" in refused.value.remedy
     with pytest.raises(CheckpointError, match="pickles"):
-        fingerprint(str(folder), "cpu")
+        fingerprint(str(folder), "int8")
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_the_fingerprint_follows_the_bytes_and_the_mode(tmp_path: Path) -> None:
     first = write_checkpoint(tmp_path / "a", seed=1)
     same = write_checkpoint(tmp_path / "b", seed=1)
     other = write_checkpoint(tmp_path / "c", seed=2)
-    assert fingerprint(str(first), "cpu") == fingerprint(str(same), "cpu")
-    assert fingerprint(str(first), "cpu") != fingerprint(str(other), "cpu")
-    assert fingerprint(str(first), "cpu") != fingerprint(str(first), "float32")
+    assert fingerprint(str(first), "int8") == fingerprint(str(same), "int8")
+    assert fingerprint(str(first), "int8") != fingerprint(str(other), "int8")
+    assert fingerprint(str(first), "int8") != fingerprint(str(first), "fp32")
     (same / "tiktoken.model").write_text("IQ== 0\n")
-    assert fingerprint(str(first), "cpu") != fingerprint(str(same), "cpu")
-    assert len(fingerprint(DEFAULT_CHECKPOINT, "cpu")) == 16
+    assert fingerprint(str(first), "int8") != fingerprint(str(same), "int8")
+    assert len(fingerprint(DEFAULT_CHECKPOINT, "int8")) == 16
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_remote_folder_is_fetched_once(tmp_path: Path, remote: Any) -> None:
     expected = {"config.json", "model.safetensors", "tiktoken.model", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in downloads(tmp_path)} == expected
     assert open_checkpoint("memory://models/tiny").path == first.path
-    assert fingerprint("memory://models/tiny", "cpu") == fingerprint(str(tmp_path / "source"), "cpu")
+    assert fingerprint("memory://models/tiny", "int8") == fingerprint(str(tmp_path / "source"), "int8")
     remote.rm_file("/models/tiny/model.safetensors")
     remote.pipe_file("/models/tiny/model.safetensors", (tmp_path / "source/model.safetensors").read_bytes())
     assert open_checkpoint("memory://models/tiny").path != first.path, "a file that changed is fetched again"

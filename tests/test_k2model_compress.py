@@ -1,6 +1,7 @@
 """Balancing outliers, family by family: the float model is unchanged, the INT8 one nearer to it."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from k2model.compress.quantize import quantize_weight
 from k2model.compress.smooth import Balance, balance
 from k2model.config import ModelConfig
 from k2model.decoder.model import Decoder
+from k2model.decoder.precision import PRECISIONS
 from k2model.formats.weights import in_memory
 from k2model.parameters import layer_parameters, parameters
 from k2model.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ LAYERS = 2
 
 def decoder_of(raw: dict[str, Any], tensors: dict[str, Tensor], *, expand: bool = True) -> Decoder:
     config = ModelConfig.from_dict(raw, "test")
-    return Decoder.from_weights(config, in_memory(tensors, "test"), dtype=torch.float32, expand=expand)
+    return Decoder.from_weights(config, in_memory(tensors, "test"), replace(PRECISIONS["fp32"], expand=expand))
 
 
 def calibration_of(raw: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:

@@ -1,6 +1,7 @@
 """The decoder of every family: packed, cached, behind a prefix and quantized, it computes one and the same function."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from k2model.compress.quantize import quantize_weight
 from k2model.config import ModelConfig
 from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
 from k2model.decoder.model import Decoder
+from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.step import TILE, DecodeGroup, Span, Step
 from k2model.formats.compressed_tensors import pack_int4
 from k2model.formats.weights import in_memory
@@ -24,9 +26,9 @@ from tests.forward import forced, packed_hidden, packed_logits
 PROMPTS = [[*range(40, 57)], [3], [*range(200, 209)], [3, 3, 9]]
 
 
-def decoder_of(raw: dict[str, Any], tensors: dict[str, Tensor], **options: Any) -> Decoder:
-    options = {"dtype": torch.float32, "expand": True, **options}
-    return Decoder.from_weights(ModelConfig.from_dict(raw, "test"), in_memory(tensors, "test"), **options)
+def decoder_of(raw: dict[str, Any], tensors: dict[str, Tensor], *, expand: bool = True) -> Decoder:
+    precision = replace(PRECISIONS["fp32"], expand=expand)
+    return Decoder.from_weights(ModelConfig.from_dict(raw, "test"), in_memory(tensors, "test"), precision)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.skipif(not REFERENCE.exists(), reason="needs the fixtures")
 def test_float32_says_what_the_reference_says() -> None:
-    decoder, tokenizer = load(DEFAULT_CHECKPOINT, "float32")
+    decoder, tokenizer = load(DEFAULT_CHECKPOINT, "fp32")
     expected = load_file(REFERENCE / "reference.safetensors")
     prompts = json.loads((REFERENCE / "reference.json").read_text())["prompts"]
     for number, prompt in enumerate(prompts):
@@ -30,7 +30,7 @@ def test_float32_says_what_the_reference_says() -> None:
             logits = decoder.logits(decoder.forward_one(prompt["ids"]))
         torch.testing.assert_close(logits[-1], expected[f"p{number}.last_logits"], rtol=0, atol=2e-3)
         torch.testing.assert_close(logits.logsumexp(-1), expected[f"p{number}.logsumexp"], rtol=0, atol=2e-3)
-    engine = Engine(decoder, tokenizer, fingerprint(DEFAULT_CHECKPOINT, "float32"))
+    engine = Engine(decoder, tokenizer, fingerprint(DEFAULT_CHECKPOINT, "fp32"))
     completions = engine.submit([Request(prompt_ids=tuple(p["ids"]), max_tokens=24) for p in prompts]).result()
     assert [list(completion.token_ids) for completion in completions] == [p["greedy"] for p in prompts]
     engine.close()

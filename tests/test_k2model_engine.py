@@ -98,7 +98,7 @@ def test_logprobs_are_those_of_the_candidates_written_out(engine: Engine) -> Non
 
 
 def test_generation_is_greedy_decoding_one_token_at_a_time(checkpoint: str) -> None:
-    decoder, tokenizer = load(checkpoint, "float32")
+    decoder, tokenizer = load(checkpoint, "fp32")
     reference = Engine(decoder, tokenizer, "test")
     requests = [generating(prompt) for prompt in prompts(4, seed=3)]
     for request, completion in zip(requests, reference.submit(requests).result(), strict=True):
@@ -116,7 +116,7 @@ def test_generation_is_greedy_decoding_one_token_at_a_time(checkpoint: str) -> N
 
 def test_families_score_as_written_out_and_decode_as_read_again(family_folder: str) -> None:
     """Trees, prefixes and caches of every kind of attention, against whole sequences, all in float32."""
-    decoder, tokenizer = load(family_folder, "float32")
+    decoder, tokenizer = load(family_folder, "fp32")
     engine = Engine(decoder, tokenizer, "test")
     for prompt in prompts(4):
         scored, generated = engine.submit([scoring(prompt), generating(prompt)]).result()
@@ -361,4 +361,4 @@ def test_the_conversion_is_made_once_and_opens_as_w8a8(checkpoint: str, monkeypa
     monkeypatch.setattr("k2model.compress.recipe.convert", lambda *_: pytest.fail("converted twice"))
     assert prepare_int8(checkpoint) == converted
     assert prepare_int8(str(converted.path)).path == converted.path
-    assert fingerprint(checkpoint, "cpu") in str(converted.path)
+    assert fingerprint(checkpoint, "int8") in str(converted.path)

@@ -391,18 +391,3 @@ def test_the_int8_product_of_this_processor_is_exact_or_not_used() -> None:
     x = torch.full((3, 2048), -127, dtype=torch.int8)
     got = cpu.int8_linear(x, torch.ones(3), -x[:2].clone(), torch.ones(2))
     assert (got == -2048 * 127.0**2).all()
-
-
-@pytest.mark.parametrize("has_product", [True, False])
-def test_bfloat16_products_are_the_twins_with_and_without_the_instruction(
-    monkeypatch: pytest.MonkeyPatch, has_product: bool
-) -> None:
-    monkeypatch.setattr(cpu, "has_bfloat16_product", lambda: has_product)
-    x, weight = rows(130, 96), torch.randn(41, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
-    expected = x.bfloat16().double() @ weight.double().t()
-    got = cpu.float_linear(x, weight)
-    # The product of bfloat16 values is exact in float32; the sum, or with the instruction the result, is rounded once.
-    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-2)
-    if not has_product:
-        for some in (slice(3, 4), slice(60, 130), torch.randperm(130)):
-            assert torch.equal(cpu.float_linear(x[some], weight), got[some])

@@ -76,3 +76,13 @@ def test_the_clamped_activation_is_the_twins(limit: float) -> None:
     gate_up = torch.cat([random(9, 14) * 6, torch.tensor([[-1e4, 1e4, 0.0, -0.0, 88.0, -88.0, 7.0] * 2])])
     got, expected = cpu.clamped_swiglu(gate_up, 1.702, limit), reference.clamped_swiglu(gate_up, 1.702, limit)
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_weakest_experts_are_the_twins() -> None:
+    weights = torch.randint(1, 64, (200, 6), generator=torch.Generator().manual_seed(2)) / 64
+    for threshold in (0.125, 0.5, 0.75, 0.96875):
+        got = cpu.weakest_experts(weights, threshold)
+        assert torch.equal(got, reference.weakest_experts(weights, threshold))
+        assert not got.gather(1, weights.argmax(dim=1, keepdim=True)).any()
+        assert torch.equal(cpu.weakest_experts(weights[7:9], threshold), got[7:9])
+    assert cpu.weakest_experts(torch.full((1, 4), 0.25), 0.5).tolist() == [[False, False, True, True]]

@@ -21,6 +21,15 @@ def test_units_give_every_row_once_in_order(tmp_path: Path, row_group_size: int,
     assert str(read.column("weight").to_pylist()) == str(table.column("weight").to_pylist())
 
 
+@pytest.mark.parametrize("row_group_size", [10, 30])
+def test_only_the_columns_asked_for_that_are_there(tmp_path: Path, row_group_size: int) -> None:
+    write_tickets(tmp_path, "a.parquet", tickets(30), row_group_size=row_group_size)
+    unit = fake_plan([tmp_path], tmp_path / "out", unit_rows=20).units[0]
+    read = read_unit(unit, columns=("body", "nowhere", "ticket_id"))
+    assert sorted(read.schema.names) == ["body", "ticket_id"]
+    assert read.column("body").to_pylist() == [f"body of ticket {number}" for number in range(unit.rows)]
+
+
 def test_slice_beyond_the_decoding_batch(tmp_path: Path) -> None:
     write_tickets(tmp_path, "a.parquet", tickets(3000), row_group_size=3000)
     units = fake_plan([tmp_path], tmp_path / "out", unit_rows=1100).units

@@ -67,7 +67,7 @@ def answers(
         columns=TicketColumns(id="ticket_id", text=("body",)),
         tasks=TASKS,
         checkpoint=checkpoint,
-        model_fingerprint=fingerprint(checkpoint, "cpu"),
+        model_fingerprint=fingerprint(checkpoint, "int8"),
         mode="cpu",
         max_prompt_tokens=1024,
         unit_rows=unit_rows,

@@ -112,7 +112,7 @@ class Calibration:
         watching = _Watching(LinearReader(self.weights, torch.float32, expand=True))
         reader: Any = watching
         experts = _Experts(self.config, index, watching) if self.config.is_moe[index] else None
-        layer = read_layer(self.config, index, reader, experts)
+        layer = read_layer(self.config, index, reader, reader, experts)
         entering = Strength(torch.zeros(self.config.hidden_size))
         for tokens, step in self._steps():
             x = self.hidden[tokens]

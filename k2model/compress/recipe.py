@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def prepare_int8(name: str) -> Checkpoint:
     source = open_checkpoint(name)
     if is_quantized(source):
         return source
-    target = cache_folder() / "int8" / fingerprint(name, "cpu")
+    target = cache_folder() / "int8" / fingerprint(name, "int8")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target.with_suffix(".lock")):
         if not target.exists():
@@ -60,7 +61,7 @@ def convert_into(
     Raises: CheckpointError; also if `folder` holds anything else.
     """
     source = open_checkpoint(name)
-    made_of = {"fingerprint": fingerprint(name, "cpu"), "int4": int4, "balanced": balanced}
+    made_of = {"fingerprint": fingerprint(name, "int8"), "int4": int4, "balanced": balanced}
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / _NOTE
     if any(folder.iterdir()) and (not note.exists() or json.loads(note.read_text(encoding="utf-8")) != made_of):
@@ -97,6 +98,15 @@ def copy_tokenizer(source: Checkpoint, folder: Path) -> None:
     for name in (*_TOKENIZER_FILES, "config.json"):
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, folder / name)
+
+
+def open_tokenizer(source: Checkpoint) -> Tokenizer:
+    """Return the tokenizer of `source`. Raises: CheckpointError."""
+    if not source.is_gguf:
+        return Tokenizer.open(source.path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tokenizer(source, Path(folder))
+        return Tokenizer.open(Path(folder))
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Attention:
         qkv = self.qkv_proj(x).view(-1, heads + 2 * kv_heads, head_dim)
         rotated = cpu.apply_rope(self._normed(qkv[:, : heads + kv_heads]), *rope)
         q = rotated[:, :heads]
-        kv = torch.cat([rotated[:, heads:], qkv[:, heads + kv_heads :]], dim=-1).to(kv_dtype)
+        kv = cpu.rounded(torch.cat([rotated[:, heads:], qkv[:, heads + kv_heads :]], dim=-1), kv_dtype)
         out = torch.empty(qkv.shape[0], heads * head_dim)
         for group in step.prefill:
             own = kv[group.tokens]

@@ -47,6 +47,8 @@ class Router:
     """[E, D] float32."""
     bias: Tensor | None
     correction_bias: Tensor | None
+    threshold: float = 1.0
+    """A token's weakest experts are dropped when those before them hold this share of its weight; at 1 none is."""
 
     def logits(self, x: Tensor) -> Tensor:
         """Return [T, E] float32."""
@@ -54,7 +56,19 @@ class Router:
         return logits if self.bias is None else logits + self.bias
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts of each token [T, A] int64, ascending, and their weights [T, A] float32."""
+        """Return the experts of each token [T, A] int64, ascending, and their weights [T, A] float32.
+
+        E, which is no expert, stands for one that was dropped. The weights of the others stay as they are: on random
+        layers of 32 experts, 8 of them chosen, at a threshold of 0.7 the output is then off by 35 % (softmax) and 42 %
+        (sigmoid, groups), 48 and 51 % where what is left is scaled up to the whole weight. No trained one was measured.
+        """
+        expert_ids, expert_weights = self._choose_all(logits)
+        if self.threshold >= 1:
+            return expert_ids, expert_weights
+        dropped = cpu.weakest_experts(expert_weights, self.threshold)
+        return expert_ids.masked_fill_(dropped, logits.shape[1]), expert_weights
+
+    def _choose_all(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         scores = logits
         if config.scoring_func != "softmax_topk":
@@ -96,7 +110,7 @@ def run_experts(experts: Sequence[FeedForward], x: Tensor, expert_ids: Tensor, e
     Args:
         experts: all of the layer.
         x: [T, D] float32.
-        expert_ids: [T, A] int64, ascending.
+        expert_ids: [T, A] int64, ascending; slots whose id is no expert's are not computed.
         expert_weights: [T, A] float32.
     """
     out = torch.zeros_like(x)
@@ -104,8 +118,8 @@ def run_experts(experts: Sequence[FeedForward], x: Tensor, expert_ids: Tensor, e
     is_int8 = isinstance(experts, list) and all(isinstance(expert.first, Int8Linear) for expert in experts)
     quantized = Quantized(*ops.quantize_rows(x)) if is_int8 else None
     slots = expert_ids.view(-1).sort(stable=True).indices
-    counts = torch.bincount(expert_ids.view(-1), minlength=len(experts)).tolist()
-    for expert, mine in enumerate(slots.split(counts)):
+    counts = torch.bincount(expert_ids.view(-1), minlength=len(experts) + 1).tolist()
+    for expert, mine in enumerate(slots.split(counts)[:-1]):
         if not len(mine):
             continue
         feed_forward = experts[expert]

@@ -30,7 +30,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FloatLinear:
-    """Weights as floats, products in their dtype. Float32 is the reference path, bfloat16 the yardstick of INT8."""
+    """Weights as floats, inputs rounded to their dtype."""
 
     weight: Tensor
     """[N, K]."""
@@ -84,7 +84,7 @@ class LinearReader:
     dtype: torch.dtype
     """Of linears that are computed as floats."""
     expand: bool
-    """Whether quantized linears are computed as floats too, as a reference."""
+    """Whether quantized linears are computed as floats too."""
 
     def read(
         self, names: list[tuple[str, int]], k: int, *, bias: bool | list[bool] = False, rows: Tensor | None = None

@@ -58,7 +58,7 @@ class LatentAttention:
         q = q.reshape(-1, heads, nope + config.qk_rope_head_dim)
         q = torch.cat([q[..., :nope], cpu.apply_rope(q[..., nope:], *rope)], dim=-1)
         latent = cpu.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
-        kept = torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1).to(kv_dtype)
+        kept = cpu.rounded(torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1), kv_dtype)
         out = torch.empty(q.shape[0], heads * config.v_head_dim)
         for group in step.prefill:
             out[group.tokens] = self._expanded(q[group.tokens], kept[group.tokens], group, window)

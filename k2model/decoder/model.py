@@ -14,6 +14,7 @@ from k2model.decoder.attention import Attention, read_attention
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_feed_forward
 from k2model.decoder.linear import LinearReader, normed
 from k2model.decoder.mla import LatentAttention, read_latent_attention
+from k2model.decoder.precision import PRECISIONS, Precision
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.decoder.step import TILE, KeyValues, Slots, Span, Step
 from k2model.formats.weights import Weights
@@ -61,19 +62,14 @@ class Decoder:
         cls,
         config: ModelConfig,
         weights: Weights,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        expand: bool = False,
-        kv_dtype: torch.dtype = torch.float32,
+        precision: Precision = PRECISIONS["int8"],
     ) -> "Decoder":
         """Return a decoder over `weights`.
 
         Args:
             config: the model's sizes.
             weights: of a checkpoint.
-            dtype: of the linears that are not quantized, and of the output embedding.
-            expand: whether quantized linears are computed as floats too; with float32, the reference.
-            kv_dtype: what keys and values are rounded to.
+            precision: what linears, keys and values are rounded to; `fp32` is the reference.
 
         Raises: CheckpointError naming tensors that are missing, misshapen, or not part of the model.
         """
@@ -81,14 +77,15 @@ class Decoder:
         d, v = config.hidden_size, config.vocab_size
         embed_tokens = weights.plain("model.embed_tokens.weight", (v, d))
         head = embed_tokens if weights.is_tied else weights.float_weight("lm_head", v, d)
-        reader = LinearReader(weights, dtype, expand)
+        attention = LinearReader(weights, precision.attention, precision.expand)
+        feed_forward = LinearReader(weights, precision.feed_forward, precision.expand)
         return cls(
             config=config,
             embed_tokens=embed_tokens,
-            layers=[read_layer(config, index, reader) for index in range(config.num_hidden_layers)],
+            layers=[read_layer(config, index, attention, feed_forward) for index in range(config.num_hidden_layers)],
             norm=weights.vector("model.norm.weight", d),
-            lm_head=head.to(dtype),
-            kv_dtype=kv_dtype,
+            lm_head=head.to(precision.head),
+            kv_dtype=precision.key_values,
             frequencies=inverse_frequencies(config.rope),
         )
 
@@ -127,15 +124,19 @@ class Decoder:
 
 
 def read_layer(
-    config: ModelConfig, index: int, reader: LinearReader, experts: Sequence[FeedForward] | None = None
+    config: ModelConfig,
+    index: int,
+    attention_reader: LinearReader,
+    feed_forward_reader: LinearReader,
+    experts: Sequence[FeedForward] | None = None,
 ) -> Layer:
     """Return layer `index`; with `experts` in place of those read here. Raises: CheckpointError."""
-    name, d, vector = f"model.layers.{index}", config.hidden_size, reader.weights.vector
+    name, d, vector = f"model.layers.{index}", config.hidden_size, attention_reader.weights.vector
     is_latent = isinstance(config.attention, LatentAttentionConfig)
     return Layer(
         input_layernorm=vector(f"{name}.input_layernorm.weight", d),
-        attention=(read_latent_attention if is_latent else read_attention)(config, index, reader),
+        attention=(read_latent_attention if is_latent else read_attention)(config, index, attention_reader),
         post_attention_layernorm=vector(f"{name}.post_attention_layernorm.weight", d),
-        feed_forward=read_feed_forward(config, index, reader, experts),
+        feed_forward=read_feed_forward(config, index, feed_forward_reader, experts),
         eps=config.rms_norm_eps,
     )

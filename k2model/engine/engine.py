@@ -5,17 +5,17 @@ the same request gets the same bits alone, among others, and on any number of th
 """
 
 import atexit
-import tempfile
 import threading
 import time
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
-from pathlib import Path
 
 import torch
 
-from k2model.compress.recipe import copy_tokenizer, prepare_int8
+from k2model.compress.recipe import open_tokenizer, prepare_int8
+from k2model.compress.sparsity import with_thresholds
 from k2model.decoder.model import Decoder
+from k2model.decoder.precision import find_precision
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion, Request
 from k2model.engine.runner import Batch, Runner
@@ -60,17 +60,19 @@ class Engine:
         atexit.register(self._abandon)
 
     @classmethod
-    def open(cls, checkpoint: str, *, mode: str = "cpu") -> "Engine":
-        """Return an engine for `checkpoint`, converting it to INT8 first if it is not (once; seconds for the default).
+    def open(cls, checkpoint: str, *, precision: str = "int8", router_thresholds: Items[float] = ()) -> "Engine":
+        """Return an engine for `checkpoint`.
 
         Args:
             checkpoint: `smollm2-135m-instruct`, a folder, a `.gguf` file, or an fsspec URL of either.
-            mode: `cpu` (W8A8). `float32` computes the checkpoint's own weights, slowly: the reference for measurement.
+            precision: of `k2model.decoder.precision`. For `int8` it is converted first if it is not (once; seconds for
+                the default); the others compute the checkpoint's own weights.
+            router_thresholds: of each layer, to drop experts by; none for all experts.
 
-        Raises: CheckpointError.
+        Raises: CheckpointError; SpecError for a precision that is none.
         """
-        decoder, tokenizer = load(checkpoint, mode)
-        return cls(decoder, tokenizer, fingerprint(checkpoint, mode))
+        decoder, tokenizer = load(checkpoint, precision, router_thresholds)
+        return cls(decoder, tokenizer, fingerprint(checkpoint, precision, router_thresholds))
 
     def submit(self, requests: Items[Request]) -> Future[list[Completion]]:
         """Return a future of one completion per request, in order; one that cannot be computed carries an error.
@@ -179,15 +181,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def load(checkpoint: str, mode: str = "cpu") -> tuple[Decoder, Tokenizer]:
-    """Return the decoder and tokenizer of `checkpoint`; see `Engine.open` for the modes. Raises: CheckpointError."""
-    source = prepare_int8(checkpoint) if mode == "cpu" else open_checkpoint(checkpoint)
-    if source.is_gguf:
-        with tempfile.TemporaryDirectory() as folder:
-            copy_tokenizer(source, Path(folder))
-            tokenizer = Tokenizer.open(Path(folder))
-    else:
-        tokenizer = Tokenizer.open(source.path)
-    dtype = torch.float32 if mode == "float32" else torch.bfloat16
-    decoder = Decoder.from_weights(source.config(), source.weights(), dtype=dtype, expand=mode == "float32")
-    return decoder, tokenizer
+def load(checkpoint: str, precision: str = "int8", router_thresholds: Items[float] = ()) -> tuple[Decoder, Tokenizer]:
+    """Return the decoder and tokenizer of `checkpoint`, for what `Engine.open` takes. Raises: as `Engine.open`."""
+    chosen = find_precision(precision)
+    source = open_checkpoint(checkpoint) if chosen.expand else prepare_int8(checkpoint)
+    tokenizer = open_tokenizer(source)
+    decoder = Decoder.from_weights(source.config(), source.weights(), chosen)
+    return with_thresholds(decoder, router_thresholds), tokenizer

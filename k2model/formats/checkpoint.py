@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from k2model.config import ModelConfig
 from k2model.formats import shards
 from k2model.formats.folder import Folder, local_folder, remote_folder
 from k2model.parameters import parameters
-from schemas.errors import CheckpointError
+from schemas.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
     from k2model.formats.weights import Weights
@@ -155,16 +156,31 @@ def wanted_files(folder: Folder) -> list[str]:
     return sorted(small | set(shards.shard_files(folder)))
 
 
-def fingerprint(name: str, mode: str) -> str:
-    """Return 16 hex digits that name the weights, the conversion and the deployment mode: same digits, same bits.
+def fingerprint(name: str, precision: str, router_thresholds: Sequence[float] = ()) -> str:
+    """Return 16 hex digits that name the weights, the conversion and how they are computed: same digits, same bits.
 
-    Reads every byte of the checkpoint, but loads no model. Raises: CheckpointError.
+    Reads every byte of the checkpoint, but loads no model. Raises: CheckpointError; SpecError for thresholds of another
+    model.
     """
-    digest = hashlib.sha256(f"{RECIPE} {mode} {calibration_digest()}".encode())
-    for path in open_checkpoint(name).files():
+    source = open_checkpoint(name)
+    digest = hashlib.sha256(f"{RECIPE} {precision} {calibration_digest()}".encode())
+    if router_thresholds:
+        check_router_thresholds(source.config(), name, len(router_thresholds))
+        digest.update(json.dumps(list(router_thresholds)).encode())
+    for path in source.files():
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def check_router_thresholds(config: ModelConfig, name: str, count: int) -> None:
+    """Raise SpecError unless the model `name` has experts, and `count` layers."""
+    if config.moe is None:
+        remedy = "leave out [model] router_thresholds, or give a mixture-of-experts checkpoint"
+        raise SpecError(f"{name}: the {config.family} model has no experts to drop", remedy=remedy)
+    if count != config.num_hidden_layers:
+        remedy = "calibrate on this checkpoint: k2batch calibrate JOB.toml -o thresholds.json"
+        raise SpecError(f"{name}: {count} router thresholds for {config.num_hidden_layers} layers", remedy=remedy)
 
 
 def calibration_digest() -> str:

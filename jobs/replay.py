@@ -1,0 +1,163 @@
+"""Rows of a finished run, computed again: each alone, far from the rows it was computed beside, to the same bits."""
+
+import io
+import random
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.verify import same_values
+from pipelines import graph, storage
+from pipelines.annotate import Block, OpenEngine, SupportsAnnotate, annotate
+from pipelines.commit import read_plan, read_receipts
+from pipelines.prompts import Prompts
+from pipelines.read import read_unit
+from schemas.annotations import task_columns
+from schemas.errors import K2Error, SchemaMismatch
+from schemas.runs import Plan, Receipt, Unit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flip:
+    """A stored value that is not what the model says of its row."""
+
+    url: str
+    """Of the input file."""
+    row: int
+    """In that file, from 0."""
+    column: str
+    stored: Any
+    recomputed: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """What came of computing rows again."""
+
+    rows: int
+    """Rows drawn: as many as asked for, or all that are annotated."""
+    replayed: int
+    """Of these, rows that could be computed again."""
+    flips: tuple[Flip, ...]
+    problems: tuple[str, ...]
+    """Why the others could not."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every row drawn was computed again, and none flipped."""
+        return self.replayed == self.rows and not self.flips
+
+
+def replay(run_url: str, num_rows: int, *, seed: int = 0, open_engine: OpenEngine | None = None) -> Replay:
+    """Return what the model says now of `num_rows` annotated rows of a run, drawn at random from all of its units.
+
+    Each row is read from the input and computed alone; its status, task columns and prompt hash are compared with the
+    stored ones, to the bit. One unit is in memory at a time.
+
+    Args:
+        run_url: the run's folder.
+        num_rows: rows to draw; all if it has fewer.
+        seed: the same seed draws the same rows.
+        open_engine: stands in for the model, in tests.
+
+    Raises: SpecError if there is no run; CheckpointError if the checkpoint is not the run's; StorageError.
+    """
+    plan = read_plan(run_url)
+    names = _compared(plan)
+    receipts = read_receipts(plan)
+    done = [unit for unit in plan.units if unit.unit_id in receipts]
+    drawn = _draw([receipts[unit.unit_id].rows_annotated for unit in done], num_rows, seed)
+    replayed = 0
+    flips: list[Flip] = []
+    problems: list[str] = []
+    try:
+        engine, prompts = graph.engine_and_prompts(plan, open_engine or graph.open_model)
+        for index, places in drawn.items():
+            unit = done[index]
+            where = f"unit {unit.unit_id} ({unit.url})"
+            try:
+                source, stored = read_unit(unit), _read_data(plan, receipts[unit.unit_id], names)
+                rows = _annotated_rows(plan, stored, places)
+            except (K2Error, pa.ArrowException, OSError, KeyError, IndexError) as error:
+                problems.append(f"{where}: {len(places)} rows cannot be replayed: {error}")
+                continue
+            for row in rows:
+                flips.extend(_flips(plan, unit, row, source, stored, prompts, engine))
+            replayed += len(rows)
+    finally:
+        graph.close_engines()
+    return Replay(rows=sum(map(len, drawn.values())), replayed=replayed, flips=tuple(flips), problems=tuple(problems))
+
+
+def as_lines(found: Replay) -> list[str]:
+    """Return `found` for people: the counts, then a line for each problem and flip."""
+    rows = len({(flip.url, flip.row) for flip in found.flips})
+    return [
+        f"replayed {found.replayed} of {found.rows} rows drawn, each alone: {rows} flipped",
+        *(f"  {problem}" for problem in found.problems),
+        *(
+            f"  {flip.url} row {flip.row} {flip.column}: stored {flip.stored!r}, recomputed {flip.recomputed!r}"
+            for flip in found.flips
+        ),
+    ]
+
+
+def _draw(num_annotated: Sequence[int], num_rows: int, seed: int) -> dict[int, list[int]]:
+    """Return unit to places among its annotated rows, both ascending: `num_rows` of all, each as likely."""
+    ends = list(accumulate(num_annotated))
+    total = ends[-1] if ends else 0
+    drawn: dict[int, list[int]] = {}
+    for place in sorted(random.Random(seed).sample(range(total), min(num_rows, total))):
+        index = bisect_right(ends, place)
+        drawn.setdefault(index, []).append(place - ends[index] + num_annotated[index])
+    return drawn
+
+
+def _compared(plan: Plan) -> list[str]:
+    """Return the columns that must be the same again; not `usage` and `route`, which tell of the rows beside."""
+    names = [field.name for task in plan.tasks for field in task_columns(task, plan.prefix)]
+    return names + [plan.prefix + name for name in ("status", "error_message", "prompt_hash")]
+
+
+def _read_data(plan: Plan, receipt: Receipt, names: Sequence[str]) -> pa.Table:
+    """Return the columns `names` of a unit's output.
+
+    Raises: FileNotFoundError or StorageError; ArrowException if it is damaged; KeyError if it lacks a column;
+        SchemaMismatch if it has not the receipt's rows.
+    """
+    content = storage.read_bytes(storage.join(plan.output, "data", receipt.data))
+    table = pq.ParquetFile(io.BytesIO(content)).read(list(names)).select(list(names))
+    if table.num_rows != receipt.rows:
+        raise SchemaMismatch(f"data/{receipt.data} has {table.num_rows} rows, its receipt says {receipt.rows}")
+    return table
+
+
+def _annotated_rows(plan: Plan, stored: pa.Table, places: Sequence[int]) -> list[int]:
+    """Return the rows at `places` among the annotated ones. Raises: IndexError if there are not as many."""
+    is_annotated = pc.equal(stored.column(f"{plan.prefix}status"), "annotated")
+    rows = pc.indices_nonzero(is_annotated).to_pylist()
+    return [rows[place] for place in places]
+
+
+def _flips(
+    plan: Plan, unit: Unit, row: int, source: pa.Table, stored: pa.Table, prompts: Prompts, engine: SupportsAnnotate
+) -> Iterator[Flip]:
+    """Yield each column in which row `row` of the unit differs from what is computed for it alone."""
+    alone = annotate(Block(unit, source.slice(row, 1), time.perf_counter()), plan, prompts, engine).table
+    for name in stored.schema.names:
+        before, after = stored.column(name).slice(row, 1), alone.column(name)
+        if not same_values(before, after):
+            yield Flip(
+                url=unit.url,
+                row=unit.first_row + row,
+                column=name,
+                stored=before.to_pylist()[0],
+                recomputed=after.to_pylist()[0],
+            )
