@@ -38,7 +38,7 @@ EXAMPLES = {
     "verify": "k2batch verify annotated/moderation-sweep-*",
     "report": "k2batch report annotated/moderation-sweep-*",
     "models": "k2batch models inspect smollm2-135m-instruct",
-    "calibrate": "k2batch calibrate my-moe.toml --rows 8 -o thresholds.json",
+    "sparsify": "k2batch sparsify my-moe.toml --rows 8 -o thresholds.json",
     "doctor": "k2batch doctor",
     "bench": "k2batch bench linear --rounds 3",
 }
@@ -51,7 +51,7 @@ _ABOUT = {
     "verify": "Prove from the files alone that every input row is in the output once; with --replay, its answers too.",
     "report": "Write report.html into a finished run, and show it in short.",
     "models": "Look into a checkpoint before fetching it, compare it with reference fixtures, or convert it to INT8.",
-    "calibrate": "Find which experts a job's own tickets can do without, for [model] router_thresholds.",
+    "sparsify": "Find which experts a job's own tickets can do without, for [model] router_thresholds.",
     "doctor": "Check this machine and installation.",
     "bench": "Measure kernels, what INT8 loses, the engine, a true-size K2 layer, a conversion in little memory.",
 }
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
             if verb in ("run", "verify"):
                 return {"run": _run, "verify": _verify}[verb](arguments, open_engine)
             verbs = {"plan": _plan, "status": _status, "report": _report, "doctor": _doctor}
-            return {**verbs, "bench": _bench, "models": _models, "calibrate": _calibrate}[verb](arguments)
+            return {**verbs, "bench": _bench, "models": _models, "sparsify": _sparsify}[verb](arguments)
     except K2Error as error:
         return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
     except KeyboardInterrupt:
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         made[verb].add_argument("--json", action="store_true", help="end stdout with one JSON object")
     for verb in ("plan", "run"):
         _add_job_arguments(made[verb])
-    _add_calibrate_arguments(made["calibrate"])
+    _add_sparsify_arguments(made["sparsify"])
     for verb in ("status", "verify", "report"):
         made[verb].add_argument("run", metavar="RUN", help="the run's folder or URL: <output>/<run_id>")
     made["verify"].add_argument(
@@ -163,7 +163,7 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="instead of [deploy] workers")
 
 
-def _add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_sparsify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="JOB.toml", help="a job whose checkpoint has experts")
     parser.add_argument(
         "--agreement", type=_share, metavar="X", default=0.99, help="tickets answered as by all experts (0.99)"
@@ -304,14 +304,14 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _calibrate(arguments: argparse.Namespace) -> int:
-    from jobs import calibrate
+def _sparsify(arguments: argparse.Namespace) -> int:
+    from jobs import sparsify
     from jobs.spec import load_spec
 
     spec = load_spec(arguments.spec, {"model": {"router_thresholds": ""}})  # which may not be there yet
-    facts = calibrate.calibrate(spec, agreement=arguments.agreement, rows=max(arguments.rows, 2), say=_say)
-    calibrate.write(facts, arguments.target)
-    _show(arguments, facts, calibrate.as_text(facts))
+    facts = sparsify.sparsify(spec, agreement=arguments.agreement, rows=max(arguments.rows, 2), say=_say)
+    sparsify.write(facts, arguments.target)
+    _show(arguments, facts, sparsify.as_text(facts))
     return 0
 
 

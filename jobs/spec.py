@@ -85,7 +85,7 @@ class JobSpec:
     precision: str
     """What the model's values are rounded to, one of PRECISIONS."""
     router_thresholds: tuple[float, ...]
-    """Of each layer, to drop experts by, as `k2batch calibrate` found them; none to drop none."""
+    """Of each layer, to drop experts by, as `k2batch sparsify` found them; none to drop none."""
     mode: str
     runner: str
     workers: int
@@ -173,13 +173,13 @@ def _router_thresholds(model: Section) -> tuple[float, ...]:
     path = model.text("router_thresholds", "")
     if not path:
         return ()
-    remedy = "make it: k2batch calibrate JOB.toml -o thresholds.json"
+    remedy = "make it: k2batch sparsify JOB.toml -o thresholds.json"
     try:
         thresholds = json.loads(Path(path).read_text(encoding="utf-8"))["thresholds"]
     except FileNotFoundError:
         raise model.wrong("router_thresholds", "the path of a file that exists", remedy) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise model.wrong("router_thresholds", "a file that k2batch calibrate wrote", remedy) from error
+        raise model.wrong("router_thresholds", "a file that k2batch sparsify wrote", remedy) from error
     if not isinstance(thresholds, list) or not all(isinstance(t, int | float) and 0 < t <= 1 for t in thresholds):
         raise model.wrong("router_thresholds", "a file whose thresholds are numbers above 0, up to 1", remedy)
     return tuple(float(threshold) for threshold in thresholds)

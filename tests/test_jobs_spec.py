@@ -54,20 +54,20 @@ def test_minimal_job_has_the_documented_defaults(tmp_path: Path) -> None:
     ("written", "expected"),
     [
         (None, "the path of a file that exists"),
-        ("[0.5]", "a file that k2batch calibrate wrote"),
-        ("{", "a file that k2batch calibrate wrote"),
+        ("[0.5]", "a file that k2batch sparsify wrote"),
+        ("{", "a file that k2batch sparsify wrote"),
         ('{"thresholds": [0.5, 0]}', "numbers above 0, up to 1"),
         ('{"thresholds": [0.5, "1"]}', "numbers above 0, up to 1"),
         ('{"thresholds": 0.5}', "numbers above 0, up to 1"),
     ],
 )
-def test_thresholds_are_read_from_what_calibrate_wrote(tmp_path: Path, written: str | None, expected: str) -> None:
+def test_thresholds_are_read_from_what_sparsify_wrote(tmp_path: Path, written: str | None, expected: str) -> None:
     path = tmp_path / "thresholds.json"
     if written is not None:
         path.write_text(written)
     with pytest.raises(SpecError, match=expected) as caught:
         load(tmp_path, MINIMAL, model={"router_thresholds": str(path)})
-    assert "k2batch calibrate" in caught.value.remedy
+    assert "k2batch sparsify" in caught.value.remedy
     path.write_text('{"thresholds": [1, 0.25]}')
     assert load(tmp_path, MINIMAL, model={"router_thresholds": str(path)}).router_thresholds == (1.0, 0.25)
 

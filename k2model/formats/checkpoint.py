@@ -179,7 +179,7 @@ def check_router_thresholds(config: ModelConfig, name: str, count: int) -> None:
         remedy = "leave out [model] router_thresholds, or give a mixture-of-experts checkpoint"
         raise SpecError(f"{name}: the {config.family} model has no experts to drop", remedy=remedy)
     if count != config.num_hidden_layers:
-        remedy = "calibrate on this checkpoint: k2batch calibrate JOB.toml -o thresholds.json"
+        remedy = "make it for this checkpoint: k2batch sparsify JOB.toml -o thresholds.json"
         raise SpecError(f"{name}: {count} router thresholds for {config.num_hidden_layers} layers", remedy=remedy)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs import calibrate
+from jobs import sparsify
 from jobs.cli import main
 from jobs.run import plan_job
 from jobs.spec import load_spec
@@ -23,8 +23,8 @@ from tests.fakes import tickets, write_tickets
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a job whose model has experts, and what was calibrated for it."""
-    folder = tmp_path_factory.mktemp("calibrate")
+    """Return a folder with a job whose model has experts, and what was found for it."""
+    folder = tmp_path_factory.mktemp("sparsify")
     write_tickets(folder, "tickets.parquet", tickets(60), row_group_size=10)
     options: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 4, "max_position_embeddings": 4096}
     for family in ("qwen3_moe", "llama"):
@@ -55,7 +55,7 @@ max_tokens = 6
 """
         )
     words = [str(folder / "qwen3_moe.toml"), "--agreement", "0.9", "--rows", "24", "-o"]
-    assert main(["calibrate", *words, str(folder / "thresholds.json")]) == 0
+    assert main(["sparsify", *words, str(folder / "thresholds.json")]) == 0
     return folder
 
 
@@ -71,7 +71,7 @@ def test_the_report_is_whole_and_holds_the_agreement(folder: Path) -> None:
     experts, model = facts["experts_flops_per_token"], facts["model_flops_per_token"]
     assert experts[1] / experts[0] == pytest.approx(after / before, rel=1e-3)
     assert model[0] - model[1] == experts[0] - experts[1]
-    assert "experts per token and layer  4.00 -> " in calibrate.as_text(facts)
+    assert "experts per token and layer  4.00 -> " in sparsify.as_text(facts)
 
 
 def test_the_job_that_reads_it_is_another_run_of_another_model(folder: Path) -> None:
@@ -93,25 +93,25 @@ def test_the_job_that_reads_it_is_another_run_of_another_model(folder: Path) -> 
 
 def test_all_must_agree_and_then_nothing_that_matters_is_dropped(folder: Path) -> None:
     spec = load_spec(str(folder / "qwen3_moe.toml"))
-    strict = calibrate.calibrate(spec, agreement=1.0, rows=24)
-    loose = calibrate.calibrate(spec, agreement=0.0, rows=24)
+    strict = sparsify.sparsify(spec, agreement=1.0, rows=24)
+    loose = sparsify.sparsify(spec, agreement=0.0, rows=24)
     assert strict["agreement"] == 1.0
     assert strict["experts_per_token"][1] > loose["experts_per_token"][1] == 1.0
-    assert loose == calibrate.calibrate(spec, agreement=0.0, rows=24)
+    assert loose == sparsify.sparsify(spec, agreement=0.0, rows=24)
 
 
 def test_no_ticket_that_chooses_judges(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[calibrate.Asked]] = []
-    ask = calibrate._Model.ask
+    asked: list[list[sparsify.Asked]] = []
+    ask = sparsify._Model.ask
 
     def record(
-        model: calibrate._Model, tickets: Sequence[calibrate.Asked], decoder: Decoder
-    ) -> list[calibrate._Answer]:
+        model: sparsify._Model, tickets: Sequence[sparsify.Asked], decoder: Decoder
+    ) -> list[sparsify._Answer]:
         asked.append(list(tickets))
         return ask(model, tickets, decoder)
 
-    monkeypatch.setattr(calibrate._Model, "ask", record)
-    facts = calibrate.calibrate(load_spec(str(folder / "qwen3_moe.toml")), agreement=0.9, rows=24)
+    monkeypatch.setattr(sparsify._Model, "ask", record)
+    facts = sparsify.sparsify(load_spec(str(folder / "qwen3_moe.toml")), agreement=0.9, rows=24)
     tuning = asked.count(asked[0])
     assert not set(asked[0]) & set(asked[-1])
     assert asked[tuning:] == [asked[-1]] * (len(asked) - tuning)
@@ -124,14 +124,14 @@ def test_held_back_tickets_that_disagree_step_back_to_all_experts(
 ) -> None:
     monkeypatch.setattr(Search, "best_share", lambda *_: 1.0)
     said: list[str] = []
-    facts = calibrate.calibrate(load_spec(str(folder / "qwen3_moe.toml")), agreement=1.0, rows=24, say=said.append)
+    facts = sparsify.sparsify(load_spec(str(folder / "qwen3_moe.toml")), agreement=1.0, rows=24, say=said.append)
     assert facts["agreement"] == 1.0
     assert facts["share_of_droppable_slots"] < 1
     assert sum("too few" in line for line in said) >= 1
 
 
 def test_a_model_without_experts_is_refused_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["calibrate", str(folder / "llama.toml"), "-o", str(folder / "none.json")]) == 2
+    assert main(["sparsify", str(folder / "llama.toml"), "-o", str(folder / "none.json")]) == 2
     said = capsys.readouterr().err
     assert f"{folder}/llama: the llama model has no experts to drop" in said
     assert not (folder / "none.json").exists()
@@ -140,7 +140,7 @@ def test_a_model_without_experts_is_refused_by_name(folder: Path, capsys: pytest
 
 
 def test_intervals() -> None:
-    low, high = calibrate.bootstrap([True] * 90 + [False] * 10)
+    low, high = sparsify.bootstrap([True] * 90 + [False] * 10)
     assert 0.8 < low < 0.87
     assert 0.93 < high < 0.98
-    assert calibrate.bootstrap([True] * 59) == [pytest.approx(0.95, abs=0.001), 1.0]
+    assert sparsify.bootstrap([True] * 59) == [pytest.approx(0.95, abs=0.001), 1.0]

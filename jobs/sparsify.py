@@ -54,7 +54,7 @@ class _Model:
 
     def ask(self, tickets: Sequence[Asked], decoder: Decoder) -> list[_Answer]:
         """Return the answer to each ticket. Raises: K2Error if one cannot be computed."""
-        engine = Engine(decoder, self.tokenizer, "calibrating")
+        engine = Engine(decoder, self.tokenizer, "sparsifying")
         try:
             self.prompts.calibrate(engine)
             completions = iter(engine.submit([request for asked in tickets for request in asked]).result())
@@ -72,7 +72,7 @@ class _Model:
         return _Answer((*labels, *firsts), completions)
 
 
-def calibrate(
+def sparsify(
     spec: JobSpec, *, agreement: float, rows: int, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Return the thresholds of every layer, and what they save and change on tickets they were not chosen on.
