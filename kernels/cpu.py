@@ -80,11 +80,10 @@ def _float_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
     """Return the exact product as int32 or float32 [T, N].
 
     1024 * 128**2 = 2**24, so within blocks of 1024 columns every partial sum is a float32 integer, in whatever order.
-    Weights are widened call by call: 60 µs of 10 ms at 512 tokens, where keeping them wide would take four times the
-    memory.
+    Weights are widened call by call: 60 µs of 10 ms at 512 tokens; kept wide, they would take four times the memory.
     """
     blocks = [
-        torch.mm(x_part.float(), weight_part.float().t())
+        _few_rows_mm(x_part.float(), weight_part.float())
         for x_part, weight_part in zip(x_int8.split(1024, dim=1), weight.split(1024, dim=1), strict=True)
     ]
     if len(blocks) == 1:
@@ -93,6 +92,11 @@ def _float_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
     for block in blocks[1:]:
         acc += block.to(torch.int32)
     return acc
+
+
+def _few_rows_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x [T, K] @ weight [N, K].T, of few rows swapped, which threads share better: 16 rows take half the time."""
+    return torch.mm(x, weight.t()) if len(x) > 64 else torch.mm(weight, x.t()).t().contiguous()
 
 
 def int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
@@ -387,7 +391,7 @@ def token_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
 def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Return the token with the highest logit per row [T] int64; the lowest id wins a tie of up to 16.
 
-    A shortlist by products in the dtype of `head`, then exact float32 logits: bfloat16 logits near 20 are 0.125 apart.
+    A shortlist in the dtype of `head`, then exact float32 logits: bfloat16 logits near 20 are 0.125 apart.
 
     Args:
         hidden: [T, D] float32, after the final norm.
@@ -412,14 +416,11 @@ def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) ->
 
 
 def _near_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return logits [T, V] for a shortlist; their last bits may depend on the rows beside.
-
-    Without a bfloat16 product, widened in blocks that stay in the cache: one row takes 26 ms, 190 by `float_linear`.
-    """
+    """Return logits [T, V] for a shortlist, whose last bits may depend on the rows beside; widened in blocks."""
     if head.dtype == torch.bfloat16 and has_bfloat16_product():
         return float_linear(hidden, head)
     x = hidden.to(head.dtype).float()
-    return torch.cat([torch.mm(x, rows.float().t()) for rows in head.split(4096)], dim=1)
+    return torch.cat([_few_rows_mm(x, rows.float()) for rows in head.split(4096)], dim=1)
 
 
 def _exact_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:

@@ -104,9 +104,7 @@ def test_no_ticket_that_chooses_judges(folder: Path, monkeypatch: pytest.MonkeyP
     asked: list[list[sparsify.Asked]] = []
     ask = sparsify._Model.ask
 
-    def record(
-        model: sparsify._Model, tickets: Sequence[sparsify.Asked], decoder: Decoder
-    ) -> list[sparsify._Answer]:
+    def record(model: sparsify._Model, tickets: Sequence[sparsify.Asked], decoder: Decoder) -> list[sparsify._Answer]:
         asked.append(list(tickets))
         return ask(model, tickets, decoder)
 
