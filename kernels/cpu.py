@@ -80,7 +80,7 @@ def _float_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
     """Return the exact product as int32 or float32 [T, N].
 
     1024 * 128**2 = 2**24, so within blocks of 1024 columns every partial sum is a float32 integer, in whatever order.
-    Weights are widened call by call: 60 µs of 10 ms at 512 tokens; kept wide, they would take four times the memory.
+    Weights are widened call by call, 60 µs of 10 ms at 512 tokens: wide they would take four times the memory.
     """
     blocks = [
         _few_rows_mm(x_part.float(), weight_part.float())
@@ -95,7 +95,7 @@ def _float_int8_matmul(x_int8: Tensor, weight: Tensor) -> Tensor:
 
 
 def _few_rows_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x [T, K] @ weight [N, K].T, of few rows swapped, which threads share better: 16 rows take half the time."""
+    """Return x [T, K] @ weight [N, K].T; of few rows swapped, as threads share it better: 16 take half the time."""
     return torch.mm(x, weight.t()) if len(x) > 64 else torch.mm(weight, x.t()).t().contiguous()
 
 
