@@ -16,7 +16,7 @@ from k2model.engine.engine import Engine, load
 from k2model.engine.request import Completion, Request
 from k2model.formats.checkpoint import check_router_thresholds, open_checkpoint
 from k2model.tokenizer import Tokenizer
-from pipelines.annotate import row_texts
+from pipelines.annotate import ask, row_texts
 from pipelines.prompts import Prompts
 from pipelines.read import read_unit
 from schemas.errors import K2Error, RowError, SpecError
@@ -185,15 +185,10 @@ def _draw(plan: Plan, prompts: Prompts, rows: int) -> list[Asked]:
     for number, unit in enumerate(draw.sample(plan.units, len(plan.units))):
         if number >= _UNITS_READ and len(pool) >= rows:
             break
-        for text in row_texts(read_unit(unit), plan.columns):
-            if isinstance(text, RowError):
-                continue
-            try:
-                asked = prompts.requests(text)
-            except RowError:
-                continue
-            # The first token is all that is compared.
-            pool[tuple(replace(r, max_tokens=1) if r.max_tokens else r for r in asked)] = None
+        for fate in ask(row_texts(read_unit(unit), plan.columns), prompts):
+            if not isinstance(fate, RowError):
+                # The first token is all that is compared.
+                pool[tuple(replace(r, max_tokens=1) if r.max_tokens else r for r in fate.requests)] = None
     if len(pool) < 2:
         raise SpecError(f"{plan.job}: fewer than two tickets can be annotated", remedy="give more [input] urls")
     return draw.sample(list(pool), min(rows, len(pool)))

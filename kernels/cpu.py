@@ -307,7 +307,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sinks
 
     Args:
         q: [B, H, L, D] float32.
-        k: [B, G, S, D] float32, a view of rows S apart at will.
+        k: [B, G, S, D] float32; a view into longer and wider memory will do.
         v: [B, G, S, Dv], likewise.
         bias: [B or 1, L, W] float32, for the last W keys; each query sees at least one key.
         scale: multiplies the scores.

@@ -1,4 +1,4 @@
-"""The kernels by name, whatever device the tensors are on: torch.library picks the CPU's or the card's.
+"""The kernels by name, whatever device the tensors are on: torch's dispatcher picks the CPU's or the card's.
 
 Each operator has three implementations: kernels/cpu.py, a Triton kernel, and a fake one that knows shapes alone, so
 that torch.compile can trace through it. Triton is imported when the first tensor on a card arrives.

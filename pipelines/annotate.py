@@ -102,8 +102,8 @@ class AnnotatedBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """The requests of one text, and their name."""
+class Asked:
+    """The requests of one row, and their name."""
 
     requests: tuple[Request, ...]
     prompt_hash: str
@@ -111,7 +111,7 @@ class _Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """What the model said to one `_Asked`."""
+    """What the model said to one `Asked`."""
 
     answers: Mapping[str, object]
     prompt_tokens: int
@@ -127,8 +127,8 @@ def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: Support
     Texts that give the same requests are asked once; the first such row has route `large`, the others `duplicate`.
     """
     began, busy_before = time.perf_counter(), engine.busy_seconds
-    asked_for = _ask(row_texts(block.table, plan.columns), prompts)
-    distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, _Asked)}
+    asked_for = ask(row_texts(block.table, plan.columns), prompts)
+    distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, Asked)}
     outcomes = _answer(distinct, prompts, engine)
     answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, _Answered)}
     busy = (engine.busy_seconds - busy_before) / (time.perf_counter() - began)
@@ -138,7 +138,7 @@ def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: Support
     added = [pa.array(columns[name], schema.field(index).type) for index, name in _added(schema, block.table)]
     table = pa.Table.from_arrays([*block.table.columns, *added], schema=schema)
     rejects = _rejects(block, fates, plan)
-    asked = [answered[fate.prompt_hash] for fate in fates if isinstance(fate, _Asked)]
+    asked = [answered[fate.prompt_hash] for fate in fates if isinstance(fate, Asked)]
     return AnnotatedBlock(
         unit=block.unit,
         table=table,
@@ -210,10 +210,10 @@ def is_visible(text: str) -> bool:
     return any(unicodedata.category(char)[0] not in "ZC" for char in text)
 
 
-def _ask(texts: Sequence[str | RowError], prompts: SupportsPrompts) -> list[_Asked | RowError]:
+def ask(texts: Sequence[str | RowError], prompts: SupportsPrompts) -> list[Asked | RowError]:
     """Return the requests of each row, or why there are none; each distinct text is tokenized once."""
-    known: dict[str, _Asked | RowError] = {}
-    fates: list[_Asked | RowError] = []
+    known: dict[str, Asked | RowError] = {}
+    fates: list[Asked | RowError] = []
     for text in texts:
         if isinstance(text, RowError):
             fates.append(text)
@@ -222,7 +222,7 @@ def _ask(texts: Sequence[str | RowError], prompts: SupportsPrompts) -> list[_Ask
         if fate is None:
             try:
                 requests = prompts.requests(text)
-                fate = _Asked(requests, hash_requests(requests))
+                fate = Asked(requests, hash_requests(requests))
             except RowError as error:
                 # Its traceback would keep the frames, and so the texts, of every rejected row alive.
                 fate = error.with_traceback(None)
@@ -249,14 +249,14 @@ def hash_requests(requests: Sequence[Request]) -> str:
     return names.hexdigest()[:32]
 
 
-def _fate(fate: _Asked | RowError, outcomes: Mapping[str, "_Answered | RowError"]) -> _Asked | RowError:
+def _fate(fate: Asked | RowError, outcomes: Mapping[str, "_Answered | RowError"]) -> Asked | RowError:
     """Return `fate`, or why the engine had no answer."""
-    outcome = outcomes.get(fate.prompt_hash) if isinstance(fate, _Asked) else None
+    outcome = outcomes.get(fate.prompt_hash) if isinstance(fate, Asked) else None
     return outcome if isinstance(outcome, RowError) else fate
 
 
 def _answer(
-    distinct: Mapping[str, _Asked], prompts: SupportsPrompts, engine: SupportsSubmit
+    distinct: Mapping[str, Asked], prompts: SupportsPrompts, engine: SupportsSubmit
 ) -> dict[str, _Answered | RowError]:
     """Return the answer to each of `distinct`, or why there is none; all are asked in one submission."""
     requests = [request for asked in distinct.values() for request in asked.requests]
@@ -280,7 +280,7 @@ def _answer(
 
 
 def _columns(
-    fates: Sequence[_Asked | RowError], answered: Mapping[str, _Answered], plan: Plan
+    fates: Sequence[Asked | RowError], answered: Mapping[str, _Answered], plan: Plan
 ) -> dict[str, list[object]]:
     """Return the values of every added column, by its full name."""
     names = [plan.prefix + field.name for field in ROW_FIELDS]
@@ -330,7 +330,7 @@ def _count_labels(columns: Mapping[str, Sequence[object]], plan: Plan) -> dict[s
     return counts
 
 
-def _rejects(block: Block, fates: Sequence[_Asked | RowError], plan: Plan) -> pa.Table:
+def _rejects(block: Block, fates: Sequence[Asked | RowError], plan: Plan) -> pa.Table:
     """Return the rows of the rejects table, in row order."""
     rejected = [(index, fate) for index, fate in enumerate(fates) if isinstance(fate, RowError)]
     ids = id_texts(block.table.column(plan.columns.id)) if rejected else []

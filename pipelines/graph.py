@@ -48,7 +48,7 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
 
     Raises: CheckpointError if the checkpoint is not the one that was planned.
     """
-    engine_key = (plan.checkpoint, plan.mode, plan.precision, plan.router_thresholds, open_engine)
+    engine_key = (plan.checkpoint, plan.precision, plan.router_thresholds, open_engine)
     prompts_key = (*engine_key, plan.run_id)
     with _PROVIDER.lock:
         engine = _PROVIDER.engines.get(engine_key)

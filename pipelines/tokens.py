@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from k2model.engine.candidates import candidate_tree
 from k2model.engine.prefix import Segment, share
 from k2model.engine.request import Request
-from pipelines.annotate import SupportsPrompts, row_texts
+from pipelines.annotate import Asked, SupportsPrompts, ask, row_texts
 from pipelines.read import read_unit
 from schemas.errors import RowError, SchemaMismatch
 from schemas.runs import Plan, Unit
@@ -84,7 +84,7 @@ def count_tokens(plan: Plan, prompts: SupportsPrompts, *, max_rows: int = MAX_RO
             tokens.unreadable.append(error.message)
             continue
         tokens.rows += table.num_rows
-        _add_unit(tokens, row_texts(table, plan.columns), prompts, roots)
+        _add_unit(tokens, ask(row_texts(table, plan.columns), prompts), roots)
     if len(units) < len(plan.units):
         tokens = tokens.scaled(plan.rows)
     tokens.instructions -= sum(map(len, roots))  # the first time each is computed
@@ -105,27 +105,18 @@ def _draw(units: Sequence[Unit], max_rows: int) -> list[Unit]:
     return drawn
 
 
-def _add_unit(
-    tokens: Tokens, texts: Iterable[str | RowError], prompts: SupportsPrompts, roots: set[tuple[int, ...]]
-) -> None:
+def _add_unit(tokens: Tokens, fates: Iterable[Asked | RowError], roots: set[tuple[int, ...]]) -> None:
     """Add the rows of one unit to `tokens`, and their instructions to `roots`."""
-    known: dict[str, tuple[Request, ...] | str] = {}
     distinct: set[Request] = set()
-    for text in texts:
-        if isinstance(text, RowError):
-            tokens.rejects[text.code] += 1
+    for fate in fates:
+        if isinstance(fate, RowError):
+            tokens.rejects[fate.code] += 1
             continue
-        asked = known.get(text)
-        if asked is None:
-            asked = known[text] = _requests(text, prompts)
-        if isinstance(asked, str):
-            tokens.rejects[asked] += 1
-            continue
-        for request in asked:
+        for request in fate.requests:
             tokens.prompt_tokens += len(request.prompt_ids)
             if request in distinct:
                 tokens.duplicates += len(request.prompt_ids)
-        distinct.update(asked)
+        distinct.update(fate.requests)
     by_root: dict[tuple[int, ...], list[Request]] = {}
     for request in distinct:
         by_root.setdefault(request.prompt_ids[: request.num_prefix_tokens], []).append(request)
@@ -135,14 +126,6 @@ def _add_unit(
         roots.add(root_ids)
         tokens.instructions += len(requests) * len(root_ids)
         tokens.beginnings += _num_shared([request.prompt_ids for request in requests], Segment(root_ids))
-
-
-def _requests(text: str, prompts: SupportsPrompts) -> tuple[Request, ...] | str:
-    """Return the requests of a row, or the error code of why there are none."""
-    try:
-        return prompts.requests(text)
-    except RowError as error:
-        return error.code
 
 
 def _num_shared(prompt_ids: Sequence[tuple[int, ...]], root: Segment) -> int:

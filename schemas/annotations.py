@@ -52,7 +52,7 @@ ROW_FIELDS: tuple[pa.Field, ...] = (
     pa.field("route", pa.string()),
 )
 """`prompt_hash` names the exact token ids asked; `route` is `large` (computed) or `duplicate` (the same prompt, asked
-once in this unit); `usage.cached_tokens` counts prompt tokens whose computation was shared with other rows."""
+once in this unit); `usage.cached_tokens` counts the instructions, and a duplicate's whole prompt."""
 
 
 def task_columns(task: Task, prefix: str) -> list[pa.Field]:

@@ -1,5 +1,6 @@
 """A job that needs no model: its file, its checkpoint and the engine that stands in."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,14 @@ from tests.fakes import FakeEngine, text_array, write_tickets
 def open_planned_engine(plan: Plan) -> FakeEngine:
     """Return a fake engine that claims to be the planned checkpoint."""
     return FakeEngine(fingerprint=plan.model_fingerprint)
+
+
+def peers_files(folder: Path) -> dict[str, str]:
+    """Write the two files of the peers' work, small, and return them as options of `bench`."""
+    rows = [{"prefix_ids": list(range(40, 64)), "body_ids": list(range(n, n + 9))} for n in range(30)]
+    (folder / "tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "labels.json").write_text(json.dumps({"a": 97, "b": 98, "c": 99}))
+    return {"tickets": str(folder / "tickets.jsonl"), "labels": str(folder / "labels.json")}
 
 
 def checkpoint(folder: Path) -> Path:

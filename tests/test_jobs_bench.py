@@ -1,21 +1,18 @@
 """The measurements run, on a tiny checkpoint, and say what they say they do."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from jobs import bench
 from k2model.engine.engine import load
+from tests.fake_jobs import peers_files
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> dict[str, str]:
     """Return the two files of the peers' work, small."""
-    rows = [{"prefix_ids": list(range(40, 60)), "body_ids": list(range(n, n + 9))} for n in range(30)]
-    (tmp_path / "tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "labels.json").write_text(json.dumps({"a": 97, "b": 98, "c": 99}))
-    return {"tickets": str(tmp_path / "tickets.jsonl"), "labels": str(tmp_path / "labels.json")}
+    return peers_files(tmp_path)
 
 
 def test_linear_times_every_layer_at_every_size(checkpoint: str) -> None:

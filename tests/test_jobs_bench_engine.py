@@ -16,6 +16,7 @@ from k2model.engine.engine import Engine
 from k2model.engine.request import Completion, Request
 from schemas.errors import K2Error, SpecError
 from tests.checkpoints import write_checkpoint
+from tests.fake_jobs import peers_files
 
 PEERS_FIELDS = ["engine", "work", "tickets", "seconds", "tickets_per_s", "tickets_per_s_best", "tokens_per_s",
                 "tokens_per_s_best", "foreign_cores", "peak_rss_mib"]  # fmt: skip
@@ -48,10 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def prompts(tmp_path: Path) -> dict[str, Any]:
     """Return the two files of the peers' work, small."""
-    rows = [{"prefix_ids": list(range(40, 64)), "body_ids": list(range(n, n + 9))} for n in range(30)]
-    (tmp_path / "tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "labels.json").write_text(json.dumps({"a": 97, "b": 98, "c": 99}))
-    return {"tickets": str(tmp_path / "tickets.jsonl"), "labels": str(tmp_path / "labels.json")}
+    return peers_files(tmp_path)
 
 
 @pytest.mark.parametrize("work", ["1", "2"])

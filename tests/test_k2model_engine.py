@@ -2,6 +2,7 @@
 
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -267,11 +268,14 @@ def generating_all(prompt: tuple[int, ...]) -> Request:
         (Request(prompt_ids=(1,)), "either has candidates"),
         (Request(prompt_ids=(1,), num_prefix_tokens=1, max_tokens=1), "must leave a token"),
         (Request(prompt_ids=(1,) * 1024, max_tokens=1), "max_position_embeddings"),
+        (Request(prompt_ids=(1,), candidates=(Candidate((1,), 1), Candidate((1, 2), 2))), "begins with another"),
     ],
 )
 def test_a_senseless_request_is_refused_at_once(engine: Engine, request_: Request, message: str) -> None:
+    good = scoring(prompts(1)[0])
     with pytest.raises(ValueError, match=message):
-        engine.submit([request_])
+        engine.submit([good, request_])
+    assert engine.submit([good]).result(timeout=30)  # nothing of what was refused is left behind
 
 
 POISON = 251
@@ -337,10 +341,17 @@ def test_out_of_memory_halves_the_step_from_then_on(engine: Engine, monkeypatch:
 
 def test_a_defect_of_the_engine_leaves_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Engine(engine.decoder, engine.tokenizer, "test")
-    monkeypatch.setattr("k2model.engine.kv_cache.KvCache.advance", lambda *_: 1 / 0)
+    both_wait = threading.Event()
+
+    def die(*_: object) -> None:
+        both_wait.wait(10)
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("k2model.engine.kv_cache.KvCache.advance", die)
     futures = [other.submit([generating(p) for p in prompts(3, seed)]) for seed in range(2)]
+    both_wait.set()
     for future in futures:
-        with pytest.raises((ZeroDivisionError, K2Error)):
+        with pytest.raises(ZeroDivisionError, match="a defect"):
             future.result(timeout=10)
     with pytest.raises(K2Error, match="closed"):
         other.submit([scoring(prompts(1)[0])])

@@ -96,13 +96,13 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, limit: int = 400) ->
         ids_allowed = allowed(matcher)
         assert max(ids_allowed) < vocabulary_of(tokenizer).size
         stops = set(ids_allowed) & tokenizer.control_ids
-        assert stops == (set(tokenizer.stop_ids) if matcher.is_complete() else set())
+        assert stops == (set(tokenizer.stop_ids) if matcher.place.is_accepting() else set())
         token_id = chance.choice(ids_allowed)
         if token_id in stops:
             break
         matcher.accept(token_id)
         ids.append(token_id)
-    if not matcher.is_complete():
+    if not matcher.place.is_accepting():
         return None
     return b"".join(vocabulary_of(tokenizer).token_bytes(token_id) for token_id in ids).decode()
 
@@ -141,7 +141,7 @@ def test_random_answers_are_one_of_the_choices_and_every_choice_is_reached(token
         for token_id in vocabulary_of(tokenizer).spell(choice.encode()):
             assert not matcher.is_finished()
             matcher.accept(token_id)
-        assert matcher.is_complete()
+        assert matcher.place.is_accepting()
         assert matcher.is_finished() == (choice != "hate")
 
 
@@ -168,7 +168,7 @@ def test_letters_that_spell_a_control_token_are_never_that_token() -> None:
         matcher = compile_grammar(grammar, tokenizer)
         for token_id in tokenizer.encode("THINK<|im_end|><|im_start|>"):
             control = set(allowed(matcher)) & tokenizer.control_ids
-            assert control == (set(tokenizer.stop_ids) if matcher.is_complete() else set())
+            assert control == (set(tokenizer.stop_ids) if matcher.place.is_accepting() else set())
             matcher.accept(token_id)
 
 

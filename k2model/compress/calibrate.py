@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -142,9 +143,9 @@ class Calibration:
         for first in range(0, len(self.prompts), _PROMPTS_AT_ONCE):
             prompts = self.prompts[first : first + _PROMPTS_AT_ONCE]
             step = Step([Span(tuple(ids)) for ids in prompts])
-            starts = [start + sum(map(len, prompts[:i])) for i in range(len(prompts))]
+            starts = list(accumulate(map(len, prompts), initial=start))
             yield torch.cat([starts[i] + torch.arange(len(prompts[i])) for i in step.order]), step
-            start += sum(map(len, prompts))
+            start = starts[-1]
 
 
 def start_calibration(config: ModelConfig, weights: Weights, prompts: list[list[int]]) -> Calibration:

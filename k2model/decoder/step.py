@@ -5,7 +5,7 @@ tree. Attention reads keys in whole tiles of `TILE` slots, counted from slot 0, 
 that the order of every sum is a function of a token's slot alone: not of the batch, nor of what the sequence shares
 with others, nor of the steps its prompt was cut into.
 
-Legend: T tokens of the step, B sequences of a group, G key-value heads, N branches of a sequence.
+Legend: T tokens of the step, B sequences of a group, G key-value heads.
 """
 
 from collections.abc import Iterable, Sequence
@@ -179,7 +179,7 @@ class DecodeGroup:
 
     def append(self, kept: Tensor, layer: int) -> Tensor:
         """Store `kept` [B, G, width] in layer `layer` and return all keys and values [B, G, slots, width]."""
-        stored = self.slots.layers[layer][: len(kept)]
+        stored = self.slots.layers[layer]
         stored[torch.arange(len(kept)), :, self.lengths] = kept
         return stored
 

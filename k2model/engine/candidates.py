@@ -15,9 +15,9 @@ ROOT = -1
 """The parent of a first token: the last token of the prompt."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class CandidateTree:
-    """Every token that some fork is conditioned on, appended to the prompt as branches."""
+    """Every token that some fork is conditioned on, appended to the prompt as branches. Known by its identity."""
 
     branches: Branches
     parents: tuple[int, ...]

@@ -16,6 +16,7 @@ from k2model.compress.recipe import open_tokenizer, prepare_int8
 from k2model.compress.sparsity import with_thresholds
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import find_precision
+from k2model.engine.candidates import candidate_tree
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion, Request
 from k2model.engine.runner import Batch, Runner
@@ -28,7 +29,7 @@ MAX_NUM_BATCHED_TOKENS = 1024
 """Tokens of a step: its int32 products (12 MB at SmolLM2's widest) still fit the cache of a small server."""
 
 MAX_NUM_KV_TOKENS = 32768
-"""Key-value slots of decoding sequences: 750 MB for SmolLM2-135M in bfloat16."""
+"""Key-value slots of decoding sequences, taken as they come: at most 1.5 GB for SmolLM2-135M in float32."""
 
 
 class Engine:
@@ -77,8 +78,8 @@ class Engine:
     def submit(self, requests: Items[Request]) -> Future[list[Completion]]:
         """Return a future of one completion per request, in order; one that cannot be computed carries an error.
 
-        Raises: ValueError if a request is empty, too long for the model, or asks for both or neither of scoring and
-            generation. K2Error if the engine is closed.
+        Raises: ValueError if a request is empty, too long for the model, asks for both or neither of scoring and
+            generation, or has candidates that `candidate_tree` refuses. K2Error if the engine is closed.
         """
         for request in requests:
             self._check(request)
@@ -118,6 +119,8 @@ class Engine:
             raise ValueError("a request either has candidates to score or max_tokens to generate")
         if not 0 <= request.num_prefix_tokens < len(request.prompt_ids):
             raise ValueError(f"{request.num_prefix_tokens=} must leave a token of {len(request.prompt_ids)=}")
+        if request.candidates:
+            candidate_tree(request.candidates)  # says what is wrong with them, before anything is queued
         longest = max((len(c.token_ids) for c in request.candidates), default=request.max_tokens)
         if len(request.prompt_ids) + longest > self.max_position_embeddings:
             raise ValueError(f"{len(request.prompt_ids)=} + {longest} passes {self.max_position_embeddings=}")

@@ -24,7 +24,7 @@ Masks = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 class Vocabulary:
     """A tokenizer as the grammar library knows it: a tree of the bytes of its tokens."""
 
-    library: LLTokenizer
+    tree: LLTokenizer
     size: int
     """Ids from here on are padding of the embedding: no token."""
     silent_ids: frozenset[int]
@@ -34,14 +34,14 @@ class Vocabulary:
         """Return what `token_id` adds to the decoded text."""
         if token_id >= self.size or token_id in self.silent_ids:
             return b""
-        return self.library.decode_bytes([token_id])
+        return self.tree.decode_bytes([token_id])
 
     def spell(self, text: bytes) -> list[int]:
         """Return ids, none of a control token, that decode to `text`, which may begin or end inside a character."""
         try:
-            return self.library.greedy_tokenize(text.decode())
+            return self.tree.greedy_tokenize(text.decode())
         except UnicodeDecodeError:
-            return self.library.tokenize_bytes(text)
+            return self.tree.tokenize_bytes(text)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,20 +49,16 @@ class Matcher:
     """Where one answer stands in its grammar."""
 
     vocabulary: Vocabulary
-    library: LLMatcher
+    place: LLMatcher
 
     def accept(self, token_id: int) -> None:
         """Add a token to the answer. Raises: ValueError if the grammar has no room for it there."""
-        if not self.library.consume_token(token_id):
-            raise ValueError(f"token {token_id} does not match the grammar: {self.library.get_error()}")
-
-    def is_complete(self) -> bool:
-        """Return whether the answer matches; there may be longer ones that begin with it."""
-        return self.library.is_accepting()
+        if not self.place.consume_token(token_id):
+            raise ValueError(f"token {token_id} does not match the grammar: {self.place.get_error()}")
 
     def is_finished(self) -> bool:
         """Return whether the answer matches and no longer one begins with it."""
-        return self.library.is_stopped()
+        return self.place.is_stopped()
 
 
 def grammar_problem(grammar: Grammar) -> str:
@@ -110,11 +106,11 @@ def fill_masks(matchers: Sequence[Matcher]) -> Masks:
     """
     num_words = -(-matchers[0].vocabulary.size // 32)
     masks = np.zeros((len(matchers), 4 * num_words), dtype=np.uint8)
-    numbered = [(matcher.library, index) for index, matcher in enumerate(matchers)]
+    numbered = [(matcher.place, index) for index, matcher in enumerate(matchers)]
     _executor().unsafe_compute_mask_ptr(numbered, masks.ctypes.data, 4 * num_words, len(matchers))
     for matcher in matchers:
-        if matcher.library.is_error():  # the mask would then allow the answer to end
-            raise ValueError(f"the grammar cannot go on: {matcher.library.get_error()}")
+        if matcher.place.is_error():  # the mask would then allow the answer to end
+            raise ValueError(f"the grammar cannot go on: {matcher.place.get_error()}")
     return masks
 
 
@@ -145,7 +141,7 @@ def _in_a_line(matcher: LLMatcher) -> str:
 @functools.lru_cache(maxsize=64)
 def _compile(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
     """Return a matcher to copy."""
-    matcher = LLMatcher(vocabulary.library, _source(grammar), log_level=0)
+    matcher = LLMatcher(vocabulary.tree, _source(grammar), log_level=0)
     if matcher.is_error():
         what = f"{grammar.kind} {grammar.text[:80]} cannot be compiled: {_in_a_line(matcher)}"
         raise SpecError(what, remedy="simplify it")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2model.decoder.model import Decoder
 from k2model.decoder.step import KeyValues, Span, Step
-from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
+from k2model.engine.candidates import ROOT, CandidateTree
 from k2model.engine.kv_cache import KvCache
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion
@@ -108,12 +108,8 @@ class Runner:
         }
         generations = [*starting.values(), *(generation for owners in decoding for generation in owners)]
         samplers = [generation.sampler for generation in generations]
-        masks = self._masks.submit(prepare_masks, samplers)
         step = Step(spans, list(zip(groups, fed, strict=True)))
-        try:
-            hidden = self.decoder.forward(step)
-        finally:
-            masks.result()
+        hidden = self._forward(step, samplers)
         asked = [hidden[step.rows[index].stop - 1][None] for index in starting]
         asked += [hidden[group.tokens] for group in groups]
         tokens = next_tokens(torch.cat(asked), self.decoder.lm_head, samplers) if asked else []
@@ -174,23 +170,32 @@ class Runner:
             self.cache.add(generation, parts)
         self._new, self._ended = [], set()
 
+    def _forward(self, step: Step, samplers: list[SequenceSampler]) -> Tensor:
+        """Return the step's hidden states; masks of grammars are filled meanwhile."""
+        if not any(sampler.matcher for sampler in samplers):
+            return self.decoder.forward(step)
+        masks = self._masks.submit(prepare_masks, samplers)
+        try:
+            return self.decoder.forward(step)
+        finally:
+            masks.result()
+
     def _span(self, item: Item) -> Span:
         past = tuple(segment.kv for segment in item.parent.chain()) if item.parent else ()
         start = item.parent.end if item.parent else 0
         if isinstance(item, Segment):
             return Span(item.token_ids, past, keep=self.decoder.allocate(start, len(item.token_ids)))
-        request = item.request
-        token_ids = request.prompt_ids[start:]
-        if request.candidates:
-            return Span(token_ids, past, candidate_tree(request.candidates).branches)
+        token_ids = item.request.prompt_ids[start:]
+        if item.tree:
+            return Span(token_ids, past, item.tree.branches)
         return Span(token_ids, past, keep=self.decoder.allocate(start, len(token_ids)))
 
     def _scores(self, batch: Batch, spans: list[Span], step: Step, hidden: Tensor) -> dict[int, tuple[float, ...]]:
         """Return each scored item's log-probabilities; those of one candidate tree are read off together."""
         by_tree: dict[CandidateTree, list[int]] = {}
         for index, item in enumerate(batch.items):
-            if isinstance(item, Sequence) and item.request.candidates:
-                by_tree.setdefault(candidate_tree(item.request.candidates), []).append(index)
+            if isinstance(item, Sequence) and item.tree:
+                by_tree.setdefault(item.tree, []).append(index)
         logprobs: dict[int, tuple[float, ...]] = {}
         for tree, indices in by_tree.items():
             ends = torch.tensor([step.rows[index].start + len(spans[index].token_ids) for index in indices])

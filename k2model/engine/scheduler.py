@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from k2model.decoder.step import TILE
-from k2model.engine.candidates import candidate_tree
+from k2model.engine.candidates import CandidateTree, candidate_tree
 from k2model.engine.prefix import Segment, share
 from k2model.engine.request import Completion, Request
 
@@ -47,7 +47,9 @@ class Sequence:
     """One request on its way through the engine, with everyone who asked the same."""
 
     request: Request
-    owners: list[tuple[Submission, int]]
+    tree: CandidateTree | None
+    """Of its candidates; None where tokens are generated."""
+    owners: list[tuple[Submission, int]] = field(default_factory=list)
     """Submissions, and the request's place in each."""
     parent: Segment | None = None
     """What it continues."""
@@ -57,9 +59,8 @@ class Sequence:
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens of its prefill that no other sequence shares."""
-        request = self.request
-        branches = len(candidate_tree(request.candidates).branches.token_ids) if request.candidates else 0
-        return len(request.prompt_ids) - (self.parent.end if self.parent else 0) + branches
+        branches = len(self.tree.branches.token_ids) if self.tree else 0
+        return len(self.request.prompt_ids) - (self.parent.end if self.parent else 0) + branches
 
     @property
     def num_kv_tokens(self) -> int:
@@ -104,7 +105,8 @@ class Scheduler:
         for index, request in enumerate(requests):
             same = self._open.get(request)
             if same is None:
-                same = self._open[request] = Sequence(request, [])
+                tree = candidate_tree(request.candidates) if request.candidates else None
+                same = self._open[request] = Sequence(request, tree)
                 new.append(same)
             same.owners.append((submission, index))
         by_root: dict[tuple[int, ...], list[Sequence]] = {}
@@ -206,7 +208,9 @@ class Scheduler:
                 if isinstance(item, Segment) and item.kv is not None:  # another submission wanted it, too
                     items.popleft()
                     continue
-                if (item.parent is not None and item.parent.kv is None) or item in taken:
+                if item.parent is not None and item.parent.kv is None:
+                    break
+                if isinstance(item, Segment) and item in taken:
                     break
                 kv = item.num_kv_tokens if isinstance(item, Sequence) else 0
                 if tokens and tokens + num_tokens(item) > self.max_num_batched_tokens:
