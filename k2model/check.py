@@ -22,7 +22,8 @@ from k2model.decoder.feed_forward import MixtureOfExperts, Router
 from k2model.decoder.linear import FloatLinear, Linear, LinearReader
 from k2model.decoder.model import Decoder, Layer
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import TILE, DecodeGroup, Span, Step
+from k2model.decoder.step import Span, Step
+from k2model.engine.kv_cache import KvCache
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from k2model.formats.compressed_tensors import unpack_int4
 from k2model.formats.weights import in_memory
@@ -105,8 +106,8 @@ def _check_model(checkpoint: Checkpoint, reference: dict[str, Tensor], tolerance
             padded = _padded(decoder, reference, side)
             yield _compare(side, padded, reference["ragged.logits"], tolerance)
     if "greedy.tokens" in reference:
-        tokens, greedy = _greedy(decoder, reference)
-        yield _count("greedy tokens", tokens, reference["greedy.tokens"])
+        greedy = _greedy(decoder, reference)
+        yield _count("greedy tokens", greedy.argmax(dim=-1), reference["greedy.tokens"])
         yield _compare("greedy logits", greedy, reference["greedy.logits"], tolerance)
     yield from _check_int8(checkpoint, reference)
 
@@ -178,9 +179,9 @@ def _check_embedded(reference: dict[str, Any], tensors: dict[str, Tensor]) -> It
     for number, prompt in enumerate(reference["prompts"]):
         logits = decoder.logits(decoder.forward_one(prompt["ids"]))
         yield _compare(f"prompt {number}", logits[-1], tensors[f"p{number}.last_logits"], _WHOLE_TOLERANCE)
-        expected = torch.tensor(prompt["greedy"])
-        tokens, _ = _decode(decoder, [torch.tensor(prompt["ids"])], len(expected))
-        yield _count(f"greedy {number}", tokens[0], expected)
+        expected = torch.tensor([prompt["greedy"]])
+        tokens = forced_logits(decoder, [prompt["ids"]], [prompt["greedy"]]).argmax(dim=-1)
+        yield _count(f"greedy {number}", tokens, expected)
 
 
 def _float_decoder(checkpoint: Checkpoint) -> Decoder:
@@ -241,31 +242,33 @@ def _padded(decoder: Decoder, reference: dict[str, Tensor], side: str) -> Tensor
     return decoder.logits(step.in_given_order(decoder.forward(step)))
 
 
-def _greedy(decoder: Decoder, reference: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _greedy(decoder: Decoder, reference: dict[str, Tensor]) -> Tensor:
     cu = reference["ragged.cu_seqlens"].tolist()
-    prompts = [reference["ragged.input_ids"][start:end] for start, end in itertools.pairwise(cu)]
-    return _decode(decoder, prompts, reference["greedy.tokens"].shape[1])
+    prompts = [reference["ragged.input_ids"][start:end].tolist() for start, end in itertools.pairwise(cu)]
+    return forced_logits(decoder, prompts, reference["greedy.tokens"].tolist())
 
 
-def _decode(decoder: Decoder, prompts: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """Return greedy tokens [B, steps] and their logits [B, steps, V], all prompts in every step, with a cache."""
-    kept = [decoder.allocate(0, len(prompt)) for prompt in prompts]
-    step = Step([Span(tuple(p.tolist()), keep=kv) for p, kv in zip(prompts, kept, strict=True)])
+@torch.inference_mode()
+def forced_logits(decoder: Decoder, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Return the logits [B, steps, V] before each token of `answers`, which are fed one at a time into a cache.
+
+    Where the best of them is the answer's token at every step, greedy decoding gives that answer.
+    """
+    kept = [decoder.allocate(0, len(ids)) for ids in prompts]
+    step = Step([Span(tuple(ids), keep=kv) for ids, kv in zip(prompts, kept, strict=True)])
     hidden = decoder.forward(step)
-    last = torch.stack([hidden[rows.stop - 1] for rows in step.rows])
-    longest = max(len(prompt) for prompt in prompts) + steps
-    slots = [decoder.allocate_slots(1, longest // TILE + 1) for _ in prompts]
-    for own, kv in zip(slots, kept, strict=True):
-        own.fill(0, [kv])
-    tokens, logits = [], []
-    for number in range(steps):
-        logits.append(decoder.logits(last))
-        tokens.append(logits[-1].argmax(dim=-1))
-        if number + 1 < steps:
-            lengths = [torch.tensor([len(prompt) + number]) for prompt in prompts]
-            groups = [DecodeGroup(own, length) for own, length in zip(slots, lengths, strict=True)]
-            last = decoder.forward(Step([], [(group, [int(i)]) for group, i in zip(groups, tokens[-1], strict=True)]))
-    return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
+    logits = [decoder.logits(torch.stack([hidden[rows.stop - 1] for rows in step.rows]))]
+    cache = KvCache[int](decoder.allocate_slots)
+    for index, kv in enumerate(kept):
+        cache.add(index, [kv])
+    for tokens in list(zip(*answers, strict=True))[:-1]:
+        blocks = list(cache.blocks.values())
+        owners = [index for block in blocks for index in block.owners]
+        fed = [(block.group(range(len(block.owners))), [tokens[i] for i in block.owners]) for block in blocks]
+        hidden = decoder.forward(Step([], fed))
+        logits.append(decoder.logits(hidden[torch.tensor(owners).argsort()]))
+        cache.advance(set())
+    return torch.stack(logits, dim=1)
 
 
 def _compare(what: str, got: Tensor, expected: Tensor, tolerance: float) -> Comparison:

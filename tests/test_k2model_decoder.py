@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from k2model.check import forced_logits
 from k2model.compress.quantize import quantize_weight
 from k2model.config import ModelConfig
 from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
@@ -21,7 +22,7 @@ from k2model.formats.weights import in_memory
 from k2model.parameters import Parameter, parameters
 from schemas.errors import CheckpointError
 from tests.checkpoints import FAMILIES, config_json, random_tensors
-from tests.forward import forced, packed_hidden, packed_logits
+from tests.forward import packed_hidden, packed_logits
 
 PROMPTS = [[*range(40, 57)], [3], [*range(200, 209)], [3, 3, 9]]
 
@@ -60,7 +61,7 @@ def test_packed_sequences_are_each_sequence_alone(decoders: dict[str, Decoder], 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_with_a_cache_is_reading_the_whole(decoders: dict[str, Decoder], family: str) -> None:
     answers = [[7, 8, 100, 9, 40], [1, 2, 3, 4, 5], [0, 0, 0, 0, 0], [9, 9, 3, 3, 3]]
-    got = forced(decoders[family], PROMPTS, answers)
+    got = forced_logits(decoders[family], PROMPTS, answers)
     for ids, answer, logits in zip(PROMPTS, answers, got, strict=True):
         whole = packed_logits(decoders[family], [ids + answer[:-1]])
         torch.testing.assert_close(logits, whole[-len(answer) :], rtol=0, atol=1e-4)

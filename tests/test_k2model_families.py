@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from k2model.check import check
-from tests.forward import float_decoder, forced, packed_logits
+from k2model.check import check, forced_logits
+from tests.forward import float_decoder, packed_logits
 
 FIXTURES = Path(__file__).parents[2] / "shared/fixtures"
 TOLERANCE = 2e-4
@@ -149,8 +149,8 @@ def answers(model: Any, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tenso
     for ids in prompts:
         step, past = torch.tensor([ids]), None
         for _ in range(STEPS):
-            out = model(step, past_key_values=past, use_cache=True)
-            past, last = out.past_key_values, out.logits[0, -1]
+            out = model(step, cache=past, use_cache=True)
+            past, last = out.cache, out.logits[0, -1]
             step = last.argmax().view(1, 1)
             logits.append(last)
             tokens.append(int(step))
@@ -200,7 +200,7 @@ def test_the_decoder_computes_what_transformers_does(name: str, tmp_path: Path) 
     decoder = float_decoder(tmp_path)
     assert ragged.std() > 0.5
     torch.testing.assert_close(packed_logits(decoder, prompts), ragged, rtol=0, atol=TOLERANCE)
-    got = forced(decoder, prompts, tokens.tolist())
+    got = forced_logits(decoder, prompts, tokens.tolist())
     torch.testing.assert_close(got, logits, rtol=0, atol=TOLERANCE)
     assert torch.equal(got.argmax(dim=-1), tokens)
 

@@ -107,3 +107,10 @@ def test_a_decoding_token_sees_what_is_filled() -> None:
     assert [(row == 0).sum().item() for row in bias] == [1, 7, TILE]
     assert [(row == 0).sum().item() for row in group.bias(5)] == [5, 5, 5]
     assert [(row == 0).sum().item() for row in group.bias(1000)] == [TILE + 1, TILE + 7, 2 * TILE]
+
+
+@pytest.mark.parametrize("length", [TILE - 1, 2 * TILE])
+def test_a_decoding_sequence_in_slots_that_are_not_its_own_is_refused(length: int) -> None:
+    group = DecodeGroup(Slots([torch.zeros(2, 1, 2 * TILE, 4)]), torch.tensor([TILE, length]))
+    with pytest.raises(ValueError, match="num_tiles=2"):
+        Step([], [(group, [77, 78])])

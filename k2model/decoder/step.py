@@ -197,7 +197,10 @@ class Step:
     """One forward pass: packed tokens without padding, prompts first, then one token of each decoding sequence."""
 
     def __init__(self, spans: Sequence[Span], decoding: Sequence[tuple[DecodeGroup, Sequence[int]]] = ()) -> None:
-        """Pack `spans` and the new tokens of `decoding` groups, row by row of each."""
+        """Pack `spans` and the new tokens of `decoding` groups, row by row of each.
+
+        Raises: ValueError if a decoding sequence's new token is not in the last tile of its group's slots.
+        """
         self.order = sorted(
             range(len(spans)), key=lambda i: (spans[i].tiles[0], -spans[i].tiles[1], _identity(spans[i]))
         )
@@ -216,6 +219,10 @@ class Step:
         self.prefill = list(_groups([spans[index] for index in self.order]))
         self.decode = []
         for group, token_ids in decoding:
+            if (group.lengths // TILE + 1 != group.slots.num_tiles).any():  # `bias` hides slots of the last tile alone
+                raise ValueError(
+                    f"{group.slots.num_tiles=} is not what sequences of {group.lengths.tolist()} tokens fill"
+                )
             group.tokens = slice(offset, offset + len(token_ids))
             offset = group.tokens.stop
             ids += token_ids
