@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import EXAMPLES, EXIT_CODES, main
+from jobs.arguments import EXAMPLES, EXIT_CODES
+from jobs.cli import main
 from jobs.spec import _KEYS, load_spec
 from schemas.annotations import JSON_FIELD, ROW_FIELDS, SAMPLES_FIELD, TASK_FIELDS
 from schemas.errors import FILE_ERROR_CODES, ROW_ERROR_CODES

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from jobs import bench_engine
-from jobs.cli import _parser, main
+from jobs.arguments import make_parser
+from jobs.cli import main
 from k2model.engine.engine import Engine
 from k2model.engine.request import Completion, Request
 from schemas.errors import K2Error, SpecError
@@ -210,10 +211,10 @@ def test_one_file_without_the_other_is_refused() -> None:
 
 def test_the_command_line_names_every_work_and_counts_from_one(capsys: pytest.CaptureFixture[str]) -> None:
     for work in bench_engine.WORKS:
-        assert _parser().parse_args(["bench", "engine", "--work", work]).work == work
+        assert make_parser().parse_args(["bench", "engine", "--work", work]).work == work
     for words in (["--limit", "0"], ["--rounds", "-1"], ["--work", "3"]):
         with pytest.raises(SystemExit):
-            _parser().parse_args(["bench", "engine", *words])
+            make_parser().parse_args(["bench", "engine", *words])
     capsys.readouterr()
 
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import EXAMPLES, main
+from jobs.arguments import EXAMPLES
+from jobs.cli import main
 from pipelines.commit import to_parquet
 from schemas.runs import Plan
 from tests.fake_jobs import job_file, open_planned_engine
