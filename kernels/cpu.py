@@ -241,39 +241,6 @@ def row_matmul(x: Tensor, weight: Tensor, block: int = _ROW_BLOCK) -> Tensor:
     return torch.cat([torch.matmul(part, weight) for part in padded.split(block, dim=-2)], dim=-2)[..., :rows, :]
 
 
-def choose_experts(
-    scores: Tensor, correction_bias: Tensor | None, num_experts: int, n_group: int, topk_group: int
-) -> Tensor:
-    """Return the experts with the highest scores, [T, A] int64 ascending; of equals, the lower id.
-
-    Args:
-        scores: [T, E] float32.
-        correction_bias: [E], added for choosing alone (arXiv 2408.15664).
-        num_experts: A.
-        n_group: groups of neighbouring experts.
-        topk_group: groups to choose from, by the sum of their two best scores (arXiv 2412.19437, section 2.1.2).
-    """
-    scores = scores if correction_bias is None else scores + correction_bias
-    if n_group > topk_group:
-        grouped = scores.unflatten(-1, (n_group, -1))
-        best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-        keep = best.sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
-        dropped = torch.ones_like(best, dtype=torch.bool).scatter_(1, keep, False)
-        scores = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_experts].sort(dim=-1).values
-
-
-def weakest_experts(expert_weights: Tensor, threshold: float) -> Tensor:
-    """Return which slots [T, A] bool follow, by descending weight, others that hold `threshold` of a token's weight.
-
-    Never the strongest one; of equals, the first counts as the stronger. After arXiv 2403.07652, section 3.1.
-    """
-    ranked, order = expert_weights.sort(dim=-1, descending=True, stable=True)
-    reached = ranked.cumsum(dim=-1)
-    follow = torch.nn.functional.pad(reached[:, :-1] >= threshold * reached[:, -1:], (1, 0))
-    return torch.empty_like(follow).scatter_(1, order, follow)
-
-
 def int4_pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights and scales in the order `int4_linear` reads: half a byte a weight, 4 bytes a scale.
 

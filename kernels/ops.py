@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, cpu_routing
 
 _library = torch.library.Library("k2batch", "DEF")
 
@@ -84,6 +84,45 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
     return y
 
 
+def route(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    num_experts_per_tok: int,
+    *,
+    scoring: str,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float = 1.0,
+    threshold: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the experts of each token [T, A] int32, their weights [T, A] float32, and how many are kept [T] int32.
+
+    Kept slots come first, experts ascending; dropped ones have expert E and weight 0. Of the A highest choices (of
+    equals, the lower id) a slot is dropped if slots of higher weight hold `threshold` of the token's weight together,
+    after arXiv 2403.07652, section 3.1; never the highest. The weights of the others stay as they are.
+
+    Args:
+        logits: [T, E] float32.
+        correction_bias: [E], added to scores for choosing alone (arXiv 2408.15664).
+        num_experts_per_tok: A.
+        scoring: "sigmoid" or "softmax" over all experts (DeepSeek-V3, Qwen3-MoE); "softmax_topk" chooses by logits and
+            takes the softmax of the chosen (gpt-oss).
+        n_group: groups of neighbouring experts.
+        topk_group: groups to choose from, by the sum of their two best scores (arXiv 2412.19437, section 2.1.2).
+        norm_topk_prob: divide weights by their sum + 1e-20. The softmax of the chosen sums to 1 either way.
+        routed_scaling_factor: multiplies the weights last.
+        threshold: in (0, 1]; 1 drops nothing.
+
+    Raises: ShapeError, on a card, where a row or its groups do not fit the kernel.
+    """
+    ids, weights, counts = torch.ops.k2batch.route(
+        logits, correction_bias, num_experts_per_tok, scoring, n_group, topk_group, norm_topk_prob,
+        routed_scaling_factor, threshold,
+    )  # fmt: skip
+    return ids, weights, counts
+
+
 def _on_card(module: str, name: str) -> Callable[..., Any]:
     """Return the Triton function `name` of kernels/`module`, imported when it is called."""
 
@@ -119,6 +158,17 @@ def _fake_linear(
 
 def _fake_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
     return hidden.new_empty(token_ids.shape, dtype=torch.float32)
+
+
+def _fake_route(
+    logits: Tensor, correction_bias: Tensor | None, num_experts_per_tok: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (logits.shape[0], num_experts_per_tok)
+    return (
+        logits.new_empty(shape, dtype=torch.int32),
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape[0], dtype=torch.int32),
+    )
 
 
 def _define(schema: str, on_cpu: Callable[..., Any], on_card: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -159,4 +209,11 @@ _define(
     cpu.token_logprobs,
     _on_card("label_score", "token_logprobs"),
     _fake_logprobs,
+)
+_define(
+    "route(Tensor logits, Tensor? correction_bias, int num_experts_per_tok, str scoring, int n_group, int topk_group,"
+    " bool norm_topk_prob, float routed_scaling_factor, float threshold) -> (Tensor, Tensor, Tensor)",
+    cpu_routing.route,
+    _on_card("routing", "route"),
+    _fake_route,
 )

@@ -308,31 +308,30 @@ def route(
     topk_group: int = 1,
     norm_topk_prob: bool,
     routed_scaling_factor: float = 1.0,
-    threshold: float = 0.0,
+    threshold: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return experts [T, A] int32 ascending, their weights [T, A], and how many are kept [T], one token at a time.
 
-    Of the A chosen, those below `threshold` of their sum are dropped, never the best; they come last as expert E with
-    weight 0.
+    Dropped ones, by `weakest_experts`, come last as expert E with weight 0.
     """
     tokens, experts = logits.shape
     scores = logits
-    if scoring != "softmax_of_chosen":
+    if scoring != "softmax_topk":
         scores = sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits.double(), dim=1).float()
     chosen = choose_experts(scores, correction_bias, num_experts_per_tok, n_group, topk_group)
     ids = torch.full((tokens, num_experts_per_tok), experts, dtype=torch.int32)
     weights, counts = torch.zeros(tokens, num_experts_per_tok), torch.zeros(tokens, dtype=torch.int32)
     for t in range(tokens):
         mine = scores[t, chosen[t]].double()
-        if scoring == "softmax_of_chosen":
+        if scoring == "softmax_topk":
             mine = torch.softmax(mine, dim=0)
-        kept = mine >= threshold * mine.sum()
-        kept[mine.argmax()] = True
-        mine = mine[kept]
         if norm_topk_prob:
             mine = mine / (mine.sum() + 1e-20)
-        elif scoring == "softmax_of_chosen":
-            mine = mine / mine.sum()
+        if threshold < 1:
+            kept = ~weakest_experts(mine[None], threshold)[0]
+        else:
+            kept = torch.ones(num_experts_per_tok, dtype=torch.bool)
+        mine = mine[kept]
         counts[t] = len(mine)
         ids[t, : len(mine)], weights[t, : len(mine)] = chosen[t][kept].int(), (mine * routed_scaling_factor).float()
     return ids, weights, counts

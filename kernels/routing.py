@@ -13,7 +13,7 @@ from kernels.cpu import ShapeError
 MAX_EXPERTS = 512
 """Of a router: its row is held by one warp, 16 values a thread."""
 
-SCORINGS = ("sigmoid", "softmax", "softmax_of_chosen")
+SCORINGS = ("sigmoid", "softmax", "softmax_topk")
 
 _CHUNK = 128
 """Slots ranked at once, each against each: 128² comparisons are 64 a thread of 8 warps, 256² would spill."""
@@ -55,6 +55,7 @@ def _route_kernel(
     NORMALIZED: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     KEPT_GROUPS: tl.constexpr,
+    DROPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -87,14 +88,25 @@ def _route_kernel(
     # Only a row of NaN or -inf could have chosen a lane without expert, or one twice; those slots are dropped.
     chosen &= exists
 
-    if SCORING == "softmax_of_chosen":
+    if SCORING == "softmax_topk":
         scores = tl.exp(scores - tl.max(tl.where(chosen, scores, float("-inf")), 0))
     weights = tl.where(chosen, scores, 0.0)
-    best = tl.argmax(tl.where(chosen, scores, -1.0), 0)
-    kept = chosen & ((weights >= threshold * tl.sum(weights, 0)) | (lane == best))
-    weights = tl.where(kept, weights, 0.0)
+    total = tl.sum(weights, 0)
+    kept = chosen
+    if DROPS:
+        # What is chosen before each, by descending weight; of equals, the lower expert is first.
+        reached = 0.0
+        before = weights * 0
+        left = tl.where(chosen, scores, -1.0)
+        strongest = tl.argmax(left, 0)
+        for _ in range(A):
+            best = tl.argmax(left, 0)
+            before = tl.where(lane == best, reached, before)
+            reached += tl.max(left, 0)
+            left = tl.where(lane == best, -1.0, left)
+        kept &= (before < threshold * total) | (lane == strongest)
     if NORMALIZED:
-        weights = weights / (tl.sum(weights, 0) + 1e-20)
+        weights = weights / (total + 1e-20)
 
     row = token * A
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
@@ -112,32 +124,16 @@ def route(
     logits: Tensor,
     correction_bias: Tensor | None,
     num_experts_per_tok: int,
-    *,
     scoring: str,
-    n_group: int = 1,
-    topk_group: int = 1,
+    n_group: int,
+    topk_group: int,
     norm_topk_prob: bool,
-    routed_scaling_factor: float = 1.0,
-    threshold: float = 0.0,
+    routed_scaling_factor: float,
+    threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the experts of each token [T, A] int32, their weights [T, A] float32, and how many were kept [T] int32.
+    """Return the experts of each token [T, A] int32, their weights [T, A] float32, and how many are kept [T] int32.
 
-    Kept slots come first, experts ascending. Dropped ones have expert E and weight 0. Of the A chosen, as
-    kernels.cpu.choose_experts does, a slot is dropped if its score is below `threshold` times the sum of the A scores,
-    unless it is the highest (of equals, the lower expert's). What is kept is then normalized as without dropping, over
-    the kept alone.
-
-    Args:
-        logits: [T, E], E at most MAX_EXPERTS.
-        correction_bias: [E], added to scores for choosing alone (arXiv 2408.15664).
-        num_experts_per_tok: A.
-        scoring: "sigmoid" or "softmax" over all experts (DeepSeek-V3, Qwen3-MoE); "softmax_of_chosen" chooses by
-            logits and takes the softmax of the chosen (gpt-oss).
-        n_group: groups of neighbouring experts.
-        topk_group: groups to choose from, by the sum of their two best scores (arXiv 2412.19437, section 2.1.2).
-        norm_topk_prob: divide weights by their sum + 1e-20. The softmax of the chosen sums to 1 either way.
-        routed_scaling_factor: multiplies the weights last.
-        threshold: in [0, 1]; 0 drops nothing.
+    The arguments, and what is kept, as `kernels.ops.route` tells; E is at most MAX_EXPERTS.
 
     Raises: ShapeError.
     """
@@ -170,9 +166,10 @@ def route(
             float(routed_scaling_factor),
             A=num_experts_per_tok,
             SCORING=scoring,
-            NORMALIZED=norm_topk_prob or scoring == "softmax_of_chosen",
+            NORMALIZED=norm_topk_prob or scoring == "softmax_topk",
             NUM_GROUPS=n_group,
             KEPT_GROUPS=topk_group,
+            DROPS=threshold < 1,
             GROUP_SIZE=size,
             BLOCK_G=triton.next_power_of_2(n_group),
             BLOCK_P=triton.next_power_of_2(size),

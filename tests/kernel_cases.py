@@ -43,3 +43,22 @@ def poisoned_outputs() -> Iterator[None]:
 def bias_of(visible: Tensor) -> Tensor:
     """Return what is added to scores [1, L, S] where each query sees the keys `visible` [L, S] alone."""
     return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[None]
+
+
+def route_on_card(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    num_experts_per_tok: int,
+    *,
+    scoring: str,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float = 1.0,
+    threshold: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the Triton kernel as `kernels.ops.route` calls it, whatever the device."""
+    from kernels.routing import route
+
+    config = (scoring, n_group, topk_group, norm_topk_prob, routed_scaling_factor, threshold)
+    return route(logits, correction_bias, num_experts_per_tok, *config)

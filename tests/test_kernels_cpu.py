@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels import cpu, reference
+from kernels.cpu_routing import choose_experts
 from tests.kernel_cases import bias_of
 
 SHAPES = [(1, 1, 1), (1, 576, 576), (7, 63, 100), (33, 576, 960), (130, 1536, 65), (3, 2000, 8)]
@@ -177,7 +178,7 @@ def test_choose_experts_is_its_twin(experts: int, chosen: int, groups: int, kept
     scores = torch.rand(67, experts, generator=generator)
     scores[1], scores[2], scores[3] = 0.5, -scores[2], scores[3] * 1e-30
     bias = torch.randn(experts, generator=generator) if biased else None
-    got = cpu.choose_experts(scores, bias, chosen, groups, kept)
+    got = choose_experts(scores, bias, chosen, groups, kept)
     assert torch.equal(got, reference.choose_experts(scores, bias, chosen, groups, kept))
     assert got.dtype == torch.int64
     assert got.shape == (67, chosen)
@@ -188,14 +189,14 @@ def test_of_equal_experts_and_groups_the_lower_is_chosen(groups: int, kept: int)
     scores = torch.randint(0, 3, (200, 16), generator=torch.Generator().manual_seed(2)).float()
     bias = torch.tensor([0.0, 1.0] * 8)
     for correction in (None, bias):
-        got = cpu.choose_experts(scores, correction, 4, groups, kept)
+        got = choose_experts(scores, correction, 4, groups, kept)
         assert torch.equal(got, reference.choose_experts(scores, correction, 4, groups, kept))
-    assert cpu.choose_experts(torch.zeros(2, 16), None, 4, groups, kept).tolist() == [[0, 1, 2, 3]] * 2
+    assert choose_experts(torch.zeros(2, 16), None, 4, groups, kept).tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_a_dropped_group_is_out_even_when_all_scores_are_negative() -> None:
     scores = torch.tensor([[-1.0, -1.0, -5.0, -0.9]])  # the second group has the best expert and the worse sum
-    assert cpu.choose_experts(scores, None, 2, 2, 1).tolist() == [[0, 1]]
+    assert choose_experts(scores, None, 2, 2, 1).tolist() == [[0, 1]]
 
 
 def int4_case(t: int, k: int, n: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -355,7 +356,7 @@ def test_a_row_has_the_same_bits_among_any_others(size: int, threads: int) -> No
             cpu.argmax_token(x[some], head), cpu.attention(q[some], k[some], v[some], bias, 0.125),
             cpu.attention(q[some], k[some], v[some], bias, 0.125, sinks), cpu.clamped_swiglu(x[some], 1.702, 7.0),
             cpu.attention(latent_q[some], latent[some], latent[some][..., :128], bias[:, :1], 0.1),
-            logits, cpu.choose_experts(logits, None, 6, 8, 3), cpu.int4_linear(x[some], *packed, 32),
+            logits, choose_experts(logits, None, 6, 8, 3), cpu.int4_linear(x[some], *packed, 32),
             cpu.row_matmul(by_head[some].transpose(0, 1), absorbed).transpose(0, 1),
         ]  # fmt: skip
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import cpu, reference
+from kernels.cpu_routing import choose_experts, weakest_experts
 from tests.kernel_cases import bias_of
 
 
@@ -19,19 +20,19 @@ def test_experts_are_chosen_as_the_twin_chooses(experts: int, groups: int, kept:
     scores[3] = 0.0
     scores[4] = -7.0
     for bias in (None, random(experts, seed=1) * 3):
-        got = cpu.choose_experts(scores, bias, chosen, groups, kept)
+        got = choose_experts(scores, bias, chosen, groups, kept)
         assert torch.equal(got, reference.choose_experts(scores, bias, chosen, groups, kept))
 
 
 def test_of_equal_experts_the_lower_wins() -> None:
-    assert cpu.choose_experts(torch.zeros(2, 9), None, 3, 1, 1).tolist() == [[0, 1, 2]] * 2
-    assert cpu.choose_experts(torch.zeros(1, 8), None, 3, 4, 2).tolist() == [[0, 1, 2]]
+    assert choose_experts(torch.zeros(2, 9), None, 3, 1, 1).tolist() == [[0, 1, 2]] * 2
+    assert choose_experts(torch.zeros(1, 8), None, 3, 4, 2).tolist() == [[0, 1, 2]]
 
 
 def test_excluded_groups_lose_even_with_negative_scores() -> None:
     """Old remote code wrote 0.0 for them, which beats a negative biased score."""
     scores = torch.tensor([[-1.0, -1.1, -5.0, -5.1]])
-    assert cpu.choose_experts(scores, None, 2, 2, 1).tolist() == [[0, 1]]
+    assert choose_experts(scores, None, 2, 2, 1).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 3), (33, 7168, 384), (3, 40, 9, 8)])
@@ -81,8 +82,8 @@ def test_the_clamped_activation_is_the_twins(limit: float) -> None:
 def test_weakest_experts_are_the_twins() -> None:
     weights = torch.randint(1, 64, (200, 6), generator=torch.Generator().manual_seed(2)) / 64
     for threshold in (0.125, 0.5, 0.75, 0.96875):
-        got = cpu.weakest_experts(weights, threshold)
+        got = weakest_experts(weights, threshold)
         assert torch.equal(got, reference.weakest_experts(weights, threshold))
         assert not got.gather(1, weights.argmax(dim=1, keepdim=True)).any()
-        assert torch.equal(cpu.weakest_experts(weights[7:9], threshold), got[7:9])
-    assert cpu.weakest_experts(torch.full((1, 4), 0.25), 0.5).tolist() == [[False, False, True, True]]
+        assert torch.equal(weakest_experts(weights[7:9], threshold), got[7:9])
+    assert weakest_experts(torch.full((1, 4), 0.25), 0.5).tolist() == [[False, False, True, True]]

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.experts import int8_experts
-from kernels.routing import route
-from tests.kernel_cases import DEVICE, poisoned_outputs, random, random_int8
+from tests.kernel_cases import DEVICE, poisoned_outputs, random, random_int8, route_on_card
 
 pytestmark = [
     # Rows of dropped slots hold whatever was in memory; numpy, which plays the card, says so.
@@ -18,8 +17,10 @@ pytestmark = [
 TOKENS, HIDDEN, FF, EXPERTS, CHOSEN = 21, 48, 32, 6, 3
 
 
-def layer(x: Tensor, logits: Tensor, shared: Tensor, threshold: float = 0.0) -> Tensor:
-    ids, weights, counts = route(logits, None, CHOSEN, scoring="sigmoid", norm_topk_prob=True, threshold=threshold)
+def layer(x: Tensor, logits: Tensor, shared: Tensor, threshold: float = 1.0) -> Tensor:
+    ids, weights, counts = route_on_card(
+        logits, None, CHOSEN, scoring="sigmoid", norm_topk_prob=True, threshold=threshold
+    )
     gate_up, down = random_int8(EXPERTS, 2 * FF, HIDDEN, seed=1), random_int8(EXPERTS, HIDDEN, FF, seed=2)
     scales = random(EXPERTS, 2 * FF, seed=3).abs() * 1e-2, random(EXPERTS, HIDDEN, seed=4).abs() * 1e-2
     return int8_experts(
@@ -59,7 +60,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_layer_of_experts_is_its_twins_with_and_without_dropped_slots() -> None:
     x, logits, shared = inputs()
-    for threshold in (0.0, 0.3):
+    for threshold in (1.0, 0.6):
         with poisoned_outputs():
             got = layer(x, logits, shared, threshold)
         expected = twin(x, logits, shared, threshold)
@@ -72,10 +73,10 @@ def test_a_layer_of_experts_is_its_twins_with_and_without_dropped_slots() -> Non
 
 def test_a_tokens_bits_are_its_own() -> None:
     x, logits, shared = inputs()
-    whole = layer(x, logits, shared, 0.3)
+    whole = layer(x, logits, shared, 0.6)
     for some in (torch.tensor([5]), torch.arange(TOKENS - 1, -1, -1), torch.tensor([20, 3, 3, 0])):
         some = some.to(DEVICE)
-        assert torch.equal(layer(x[some], logits[some], shared[some], 0.3), whole[some])
+        assert torch.equal(layer(x[some], logits[some], shared[some], 0.6), whole[some])
 
 
 def test_no_tokens_are_no_work() -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference, routing
+from kernels import ops, reference, routing
 from kernels.aot import Case, compile_cases
 from kernels.cpu import ShapeError
-from kernels.routing import align_tokens, route
-from tests.kernel_cases import DEVICE, poisoned_outputs, random
+from kernels.cpu_routing import choose_experts
+from kernels.routing import align_tokens
+from tests.kernel_cases import DEVICE, poisoned_outputs, random, route_on_card
 
 # Experts, experts per token, and what else the checkpoint's config says.
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -31,7 +32,7 @@ ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "16 groups": (512, 8, {"scoring": "sigmoid", "n_group": 16, "topk_group": 5, "norm_topk_prob": True}),
     "qwen3": (128, 8, {"scoring": "softmax", "norm_topk_prob": True}),
     "softmax": (60, 4, {"scoring": "softmax", "norm_topk_prob": False}),
-    "gpt-oss": (32, 4, {"scoring": "softmax_of_chosen", "norm_topk_prob": False}),
+    "gpt-oss": (32, 4, {"scoring": "softmax_topk", "norm_topk_prob": False}),
     "all": (5, 5, {"scoring": "softmax", "norm_topk_prob": True}),
     "one": (1, 1, {"scoring": "sigmoid", "norm_topk_prob": True}),
 }
@@ -39,10 +40,11 @@ ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def route_poisoned(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     with poisoned_outputs():
-        return route(*args, **options)
+        return route_on_card(*args, **options)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.11])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("threshold", [1.0, 0.7, 0.01])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routes_are_the_twins(name: str, threshold: float) -> None:
     experts, chosen, config = ROUTERS[name]
@@ -50,22 +52,25 @@ def test_routes_are_the_twins(name: str, threshold: float) -> None:
     logits[2] = 0.0
     logits[3] = -60.0
     logits[4, experts // 2] = 40.0
+    logits[5] = -200.0  # no weight at all: the strongest stays
     bias = random(experts, seed=1) if config["scoring"] == "sigmoid" else None
-    ids, weights, counts = route_poisoned(logits, bias, chosen, threshold=threshold, **config)
     expected_ids, expected_weights, expected_counts = reference.route(
         logits.cpu(), None if bias is None else bias.cpu(), chosen, threshold=threshold, **config
     )
-    assert torch.equal(ids.cpu(), expected_ids)
-    assert torch.equal(counts.cpu(), expected_counts)
-    # exp, a sum of at most 512 terms in a tree, two divisions, a product: each within an ulp or two, 2**-23.
-    torch.testing.assert_close(weights.cpu(), expected_weights, rtol=16 * 2**-23, atol=1e-37)
+    for route in (route_poisoned, ops.route):
+        ids, weights, counts = route(logits, bias, chosen, threshold=threshold, **config)
+        assert ids.dtype == counts.dtype == torch.int32
+        assert torch.equal(ids.cpu(), expected_ids)
+        assert torch.equal(counts.cpu(), expected_counts)
+        # exp, a sum of at most 512 terms in a tree, two divisions, a product: each within an ulp or two, 2**-23.
+        torch.testing.assert_close(weights.cpu(), expected_weights, rtol=16 * 2**-23, atol=1e-37)
 
 
 def test_experts_are_those_of_the_cpu() -> None:
     scores = random(9, 64, scale=3.0)
     scores[1] = scores[1].round()
-    ids, _, counts = route_poisoned(scores, None, 6, scoring="softmax_of_chosen", norm_topk_prob=False)
-    assert torch.equal(ids.long().cpu(), cpu.choose_experts(scores.cpu(), None, 6, 1, 1))
+    ids, _, counts = route_poisoned(scores, None, 6, scoring="softmax_topk", norm_topk_prob=False)
+    assert torch.equal(ids.long().cpu(), choose_experts(scores.cpu(), None, 6, 1, 1))
     assert (counts == 6).all()
 
 
@@ -84,17 +89,22 @@ def test_excluded_groups_lose_to_negative_scores() -> None:
     assert ids.tolist() == [[0, 1]]
 
 
-def test_what_is_kept_is_normalized_alone_and_comes_first() -> None:
+def test_what_is_kept_comes_first_with_the_weight_it_had() -> None:
     logits = torch.tensor([[1.0, 4.0, 0.0, 4.0], [0.0, 0.0, 0.0, 9.0]], device=DEVICE).log()
-    common: dict[str, Any] = {"scoring": "softmax", "threshold": 0.25}
+    common: dict[str, Any] = {"scoring": "softmax", "threshold": 0.8}
     ids, weights, counts = route_poisoned(logits, None, 3, norm_topk_prob=True, **common)
     assert ids.tolist() == [[1, 3, 4], [3, 4, 4]]
     assert counts.tolist() == [2, 1]
-    torch.testing.assert_close(weights.cpu(), torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))
-    _, weights, _ = route_poisoned(logits, None, 3, norm_topk_prob=False, **common)
     torch.testing.assert_close(weights.cpu(), torch.tensor([[4 / 9, 4 / 9, 0.0], [1.0, 0.0, 0.0]]))
-    _, weights, counts = route_poisoned(logits[:1], None, 3, norm_topk_prob=True, scoring="softmax", threshold=1.0)
-    assert (counts.tolist(), weights.tolist()) == ([1], [[1.0, 0.0, 0.0]])
+    _, weights, counts = route_poisoned(logits, None, 3, norm_topk_prob=False, scoring="softmax", threshold=0.4)
+    assert (counts.tolist(), weights[:, 1:].tolist()) == ([1, 1], [[0.0, 0.0]] * 2)
+
+
+def test_slots_without_weight_stay_where_nothing_is_dropped() -> None:
+    logits = torch.tensor([[0.0, -900.0, -950.0, -960.0]], device=DEVICE)
+    for route in (route_poisoned, ops.route):
+        ids, weights, counts = route(logits, None, 3, scoring="softmax", norm_topk_prob=True)
+        assert (ids.tolist(), weights.tolist(), counts.tolist()) == ([[0, 1, 2]], [[1.0, 0.0, 0.0]], [3])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -110,14 +120,16 @@ def test_rows_of_nan_still_name_experts_in_range() -> None:
 def test_a_routes_bits_are_its_own() -> None:
     experts, chosen, config = ROUTERS["deepseek-v3"]
     logits, bias = random(6, experts), random(experts, seed=1)
-    whole = route(logits, bias, chosen, threshold=0.1, **config)
+    whole = route_on_card(logits, bias, chosen, threshold=0.6, **config)
     for rows in ([3], [5, 3, 0]):
-        for part, all_rows in zip(route(logits[rows], bias, chosen, threshold=0.1, **config), whole, strict=True):
+        for part, all_rows in zip(
+            route_on_card(logits[rows], bias, chosen, threshold=0.6, **config), whole, strict=True
+        ):
             assert torch.equal(part, all_rows[rows])
 
 
 def test_no_tokens_make_no_routes() -> None:
-    ids, weights, counts = route(random(0, 8), None, 2, scoring="softmax", norm_topk_prob=True)
+    ids, weights, counts = route_on_card(random(0, 8), None, 2, scoring="softmax", norm_topk_prob=True)
     assert (ids.shape, weights.shape, counts.shape) == ((0, 2), (0, 2), (0,))
     slot_ids, block_experts, num_padded = align_tokens(ids, 8, 16)
     assert (len(slot_ids), len(block_experts), num_padded.tolist()) == (0, 0, [0])
@@ -145,7 +157,7 @@ def test_what_cannot_be_routed_is_said(wrong: dict[str, Any]) -> None:
         "norm_topk_prob": True,
     }
     with pytest.raises(ShapeError, match="route"):
-        route(**right | wrong)
+        route_on_card(**right | wrong)
 
 
 def aligned(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor]:
@@ -212,7 +224,7 @@ def test_machine_code() -> None:
 
     def router(groups: int, kept: int, size: int, block_p: int, capability: int = 90) -> Case:
         blocks = {"BLOCK_G": groups, "BLOCK_P": block_p, "BLOCK_A": 8, "A": 8}
-        config = {"SCORING": "sigmoid", "NORMALIZED": True, "NUM_GROUPS": groups, "KEPT_GROUPS": kept}
+        config = {"SCORING": "sigmoid", "NORMALIZED": True, "NUM_GROUPS": groups, "KEPT_GROUPS": kept, "DROPS": True}
         return case("_route_kernel", 1, capability, GROUP_SIZE=size, **blocks, **config)
 
     cases = [
