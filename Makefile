@@ -1,5 +1,6 @@
 # make demo    annotate the sample tickets, from nothing but Python 3.11 and a package index
 # make test    everything that must hold before a change lands
+# make chaos   a hundred random kills and worse, and 10,000 schedules of the commit protocol; some 15 minutes
 # make clean   back to a fresh clone
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ SPEC ?= jobs/specs/moderation_sweep.toml
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean install dev
+.PHONY: demo test chaos lint clean install dev
 .DELETE_ON_ERROR:
 
 demo: install
@@ -43,6 +44,9 @@ lint: dev
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+chaos: dev
+	$(BIN)/python -W ignore -m tests.chaos
 
 clean:
 	rm -rf $(VENV) annotated build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,15 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
         argv: the words after `k2batch`; those of this process if None.
         open_engine: stands in for the model, in tests.
     """
-    arguments = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = make_parser().parse_args(words, argparse.Namespace(words=words))
     verb, as_json = arguments.verb, arguments.json
     try:
         with _interruptible(as_json):
-            if verb in ("run", "verify"):
-                return {"run": _run, "verify": _verify}[verb](arguments, open_engine)
-            verbs = {"plan": _plan, "status": _status, "report": _report, "doctor": _doctor}
+            if verb in ("run", "eval", "batch", "verify"):
+                with_model = {"run": _run, "eval": _eval, "batch": _batch, "verify": _verify}
+                return with_model[verb](arguments, open_engine)
+            verbs = {"plan": _plan, "status": _status, "report": _report, "cache": _cache, "doctor": _doctor}
             return {**verbs, "bench": _bench, "models": _models, "sparsify": _sparsify}[verb](arguments)
     except K2Error as error:
         return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
@@ -58,16 +60,24 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
 def _spec(arguments: argparse.Namespace) -> "JobSpec":
     from jobs.spec import load_spec
 
-    given = {
-        "input": {"urls": arguments.input},
-        "output": {"url": arguments.output},
+    given = {"input": {"urls": arguments.input}, "output": {"url": arguments.output}, **_where(arguments)}
+    return load_spec(arguments.spec, _given(given))
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the sections that say by what and where a job is done, and until when."""
+    runner = arguments.runner or ("dask" if arguments.dask_address else None)
+    return {
         "model": {"checkpoint": arguments.checkpoint},
-        "deploy": {"runner": arguments.runner, "workers": arguments.workers},
+        "deploy": {"runner": runner, "workers": arguments.workers, "dask_address": arguments.dask_address},
+        "limits": {name: vars(arguments).get(name) for name in ("deadline", "max_cost")},
     }
-    overrides = {
-        section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
-    }
-    return load_spec(arguments.spec, {section: values for section, values in overrides.items() if values})
+
+
+def _given(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what the command line says, without the options left out."""
+    said = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in sections.items()}
+    return {name: keys for name, keys in said.items() if keys}
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -76,7 +86,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     spec = _spec(arguments)
     plan = plan_job(spec)
     tokens = plan_tokens(spec, plan)
-    _show(arguments, plan_facts(plan, tokens), plan_text(plan, tokens))
+    facts = plan_facts(spec, plan, tokens)
+    _show(arguments, facts, plan_text(plan, tokens, facts["projected"]))
     return 3 if plan.rejected_files or tokens.unreadable else 0
 
 
@@ -84,46 +95,70 @@ def _run(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int
     spec = _spec(arguments)
     from jobs.progress import duration
     from jobs.report import text_report
-    from jobs.run import exit_code, peak_memory_mb, run
+    from jobs.run import exit_code, left_text, peak_memory_mb, resumable, run
+    from jobs.shows import open_shows
     from pipelines.commit import read_plan
 
-    summary, manifest = run(spec, say=_say, open_engine=open_engine)
-    text = text_report(read_plan(summary.output), manifest)
+    with open_shows(arguments.progress, arguments.metrics, _say, sys.stderr) as shows:
+        summary, manifest = run(spec, say=_say, shows=shows, open_engine=open_engine)
+    summary = resumable(summary, arguments.words)
+    text = "\n".join([text_report(read_plan(summary.output), manifest), *left_text(summary)])
     speed = f"{summary.tickets_per_second:,.1f} tickets/s" if summary.tickets_per_second else "all done before"
     _say(f"{duration(summary.seconds)}, {speed}, {peak_memory_mb():,.0f} MB in the largest process")
     _show(arguments, asdict(summary), text)
     return exit_code(manifest)
 
 
-def _status(arguments: argparse.Namespace) -> int:
-    from jobs.report import read_manifest
-    from jobs.run import exit_code
-    from pipelines import storage
-    from pipelines.commit import read_plan, read_receipts
+def _batch(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int:
+    from jobs import batch
+    from jobs.run import resumable
+    from jobs.shows import open_shows
 
-    plan = read_plan(arguments.run)
-    receipts = read_receipts(plan).values()
-    manifest = read_manifest(plan) if storage.exists(storage.join(plan.output, "_manifest.json")) else None
-    # A manifest is older than the receipts while a resumed run is under way.
-    is_final = manifest is not None and manifest.units_done == len(receipts)
-    status = manifest.status if manifest is not None and is_final else "unfinished"
-    facts = {
-        "run_id": plan.run_id,
-        "status": status,
-        "units": len(plan.units),
-        "units_done": len(receipts),
-        "rows_in": plan.rows,
-        "rows_annotated": sum(receipt.rows_annotated for receipt in receipts),
-        "rows_rejected": sum(receipt.rows_rejected for receipt in receipts),
-        "rejected_files": len(manifest.rejected_files if manifest is not None else plan.rejected_files),
-        "output": plan.output,
-    }
-    text = (
-        f"{plan.run_id}: {status}, {len(receipts)} of {len(plan.units)} units done, {facts['rows_annotated']:,} rows"
-        f" annotated and {facts['rows_rejected']:,} rejected of {plan.rows:,}"
-    )
-    _show(arguments, facts, text)
-    return exit_code(manifest) if manifest is not None and is_final else INCOMPLETE
+    errors = arguments.errors or batch.default_errors(arguments.output)
+    with open_shows(arguments.progress, arguments.metrics, _say, sys.stderr) as shows:
+        answered, code = batch.answer_batch(
+            arguments.source,
+            arguments.output,
+            errors,
+            max_tokens=arguments.max_tokens,
+            overrides=_given(_where(arguments)),
+            say=_say,
+            shows=shows,
+            open_engine=open_engine,
+        )
+    answered = replace(answered, run=resumable(answered.run, arguments.words))
+    _show(arguments, asdict(answered), batch.as_text(answered))
+    return code
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from jobs import status
+    from jobs.run import exit_code
+
+    facts, manifest = status.status(arguments.run)
+    _show(arguments, facts, status.as_text(facts))
+    return exit_code(manifest) if manifest is not None else INCOMPLETE
+
+
+def _eval(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int:
+    from jobs import evaluate
+    from jobs.run import exit_code
+    from jobs.shows import open_shows
+
+    arguments.input = arguments.truth
+    spec = _spec(arguments)
+    with open_shows(arguments.progress, arguments.metrics, _say, sys.stderr) as shows:
+        found, manifest = evaluate.evaluate_job(
+            spec,
+            arguments.column,
+            repeats=arguments.repeats,
+            sample=arguments.sample,
+            say=_say,
+            shows=shows,
+            open_engine=open_engine,
+        )
+    _show(arguments, {"run_id": manifest.run_id, "tasks": evaluate.facts(found)}, evaluate.as_text(found))
+    return exit_code(manifest)
 
 
 def _verify(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> int:
@@ -147,8 +182,19 @@ def _verify(arguments: argparse.Namespace, open_engine: "OpenEngine | None") -> 
 def _report(arguments: argparse.Namespace) -> int:
     from jobs.report import report
 
-    text, facts = report(arguments.run)
+    text, facts = report(arguments.run, arguments.against)
     _show(arguments, facts, text)
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from pipelines.cache_files import folder_of, prune
+
+    kept = prune(folder_of(arguments.output), arguments.max_gb)
+    text = f"{kept.files:,} files of kept answers, {kept.bytes / 1e9:,.3f} GB, of {kept.models} models"
+    if kept.deleted_files:
+        text += f"; {kept.deleted_files:,} files, {kept.deleted_bytes / 1e9:,.3f} GB, were deleted"
+    _show(arguments, asdict(kept), text)
     return 0
 
 
@@ -182,6 +228,12 @@ def _bench(arguments: argparse.Namespace) -> int:
             bench_kernels.plot(facts, arguments.plot)
         _show(arguments, facts, bench_kernels.as_text(facts))
         return 0
+    if arguments.what == "scale":
+        from jobs import bench_scale
+
+        facts = bench_scale.scale(arguments.units or 10_000)
+        _show(arguments, facts, bench_scale.as_text(facts))
+        return 0
     if arguments.what in ("layer", "conversion"):
         from jobs import bench_models
 
@@ -197,6 +249,13 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     checkpoint = arguments.checkpoint or DEFAULT_CHECKPOINT
     files = {"tickets": arguments.tickets, "labels": arguments.labels}
+    if arguments.what == "flow":
+        from jobs import bench_flow
+
+        where = {"runner": arguments.runner, "workers": arguments.workers}
+        facts = bench_flow.flow(checkpoint, units=arguments.units or 40, rows=arguments.rows, **where)
+        _show(arguments, facts, bench_flow.as_text(facts))
+        return 0
     if arguments.what == "linear":
         facts = bench.linear(checkpoint, arguments.rounds or 30)
     elif arguments.what == "quality":

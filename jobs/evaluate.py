@@ -14,7 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.progress import Say, Show
+from jobs.run import plan_job, run
+from jobs.spec import JobSpec
 from pipelines import storage
+from pipelines.annotate import OpenEngine
+from pipelines.commit import read_plan
 from schemas.errors import SchemaMismatch, SpecError
 from schemas.runs import Manifest, Plan, Task
 
@@ -87,6 +92,36 @@ class Answers:
     """[R] float64, of the label given, 0 in a rejected row; None for `choose_many`."""
 
 
+def evaluate_job(
+    spec: JobSpec,
+    given: Sequence[str],
+    *,
+    repeats: int = 0,
+    sample: int = 0,
+    say: Say = lambda line: None,
+    shows: Sequence[Show] = (),
+    open_engine: OpenEngine | None = None,
+) -> tuple[list[Quality], Manifest]:
+    """Return how the job fares on its input, whose files hold the true labels; it is run as far as it was not before.
+
+    Args:
+        spec: the job, over labelled files.
+        given: what `truth_columns` takes.
+        repeats: as `evaluate` takes it.
+        sample: likewise.
+        say: as `run` takes it.
+        shows: likewise.
+        open_engine: likewise.
+
+    Raises: SpecError, before anything is run, if a task has no column; SchemaMismatch; what `run` raises.
+    """
+    plan = plan_job(spec)
+    names = pq.read_schema(storage.open_read(plan.units[0].url)).names if plan.units else []
+    columns = truth_columns(plan.tasks, names, given)
+    summary, manifest = run(spec, say=say, shows=shows, open_engine=open_engine)
+    return evaluate(read_plan(summary.output), manifest, columns=columns, repeats=repeats, sample=sample), manifest
+
+
 def evaluate(
     plan: Plan, manifest: Manifest, *, columns: dict[str, str], repeats: int = 0, sample: int = 0
 ) -> list[Quality]:
@@ -112,32 +147,32 @@ def evaluate(
     return found
 
 
-def truth_columns(plan: Plan, names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+def truth_columns(tasks: Sequence[Task], names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     """Return the column of the truth for each task.
 
     Args:
-        plan: of the job.
+        tasks: of the job.
         names: columns of the labelled files.
         given: `TASK=COLUMN`, or `COLUMN` for a job with one task with labels; if empty, the column that has the task's
             name, or `label` for a job with one task.
 
     Raises: SpecError if a task has no column, or a column that is not there.
     """
-    tasks = [task.name for task in plan.tasks if task.kind in ("choose", "choose_many")]
-    if not tasks:
+    known = [task.name for task in tasks if task.kind in ("choose", "choose_many")]
+    if not known:
         raise SpecError("the job has no task with labels", remedy="eval needs a task of kind choose or choose_many")
     if given:
         pairs = [text.partition("=") for text in given]
-        if len(tasks) > 1 and any(not column for _, _, column in pairs):
-            raise SpecError(f"--column {given[0]}: the job has {len(tasks)} tasks", remedy="write TASK=COLUMN")
-        chosen = {(task if column else tasks[0]): (column or task) for task, _, column in pairs}
+        if len(known) > 1 and any(not column for _, _, column in pairs):
+            raise SpecError(f"--column {given[0]}: the job has {len(known)} tasks", remedy="write TASK=COLUMN")
+        chosen = {(task if column else known[0]): (column or task) for task, _, column in pairs}
     else:
-        alone = "label" if len(tasks) == 1 and "label" in names else None
-        chosen = {task: task if task in names else alone or "" for task in tasks}
+        alone = "label" if len(known) == 1 and "label" in names else None
+        chosen = {task: task if task in names else alone or "" for task in known}
         chosen = {task: column for task, column in chosen.items() if column}
     missing = [column for column in chosen.values() if column not in names]
     if missing or not chosen:
-        what = f'no column "{missing[0]}"' if missing else f"no column named {' or '.join(tasks)}"
+        what = f'no column "{missing[0]}"' if missing else f"no column named {' or '.join(known)}"
         raise SpecError(
             f"the labelled files have {what}: {', '.join(names)}", remedy="name it with --column TASK=COLUMN"
         )

@@ -1,61 +1,161 @@
-"""How far a run is, said while it goes on."""
+"""How far a run is: looked up in its receipts while it goes on, and handed to whatever shows it."""
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from pipelines.commit import done_units
-from schemas.runs import Plan
+from pipelines import storage
+from pipelines.commit import done_units, receipt_url
+from schemas.runs import Plan, Receipt
 
 POLL_SECONDS = 2.0
-"""Between looks at the receipts: one listing each, which a store answers a thousand names at a time."""
+"""The least time between looks at the receipts."""
 
-QUIET_SECONDS = 30.0
-"""The longest silence of the progress lines."""
+LOOKING_SHARE = 0.05
+"""The most of its time that the watching thread looks: a million receipts take a store a thousand calls to list."""
+
+RECEIPTS_READ = 200
+"""New receipts read at a look, for their tokens; those of the others are taken to be as many a row."""
 
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A run at one moment. Totals are the run's; rates are those of this call."""
+
+    run_id: str
+    units: int
+    units_done: int
+    rows: int
+    rows_done: int
+    rows_now: int
+    """Of `rows_done`, those of this call."""
+    seconds: float
+    """Since this call began."""
+    rows_per_second: float
+    tokens_per_second: float
+    """Tokens of the prompts answered, as if each had been asked alone, and of the answers."""
+    seconds_left: float | None
+    """At this call's rate; None before its first unit is done."""
+    cost: float | None
+    """Of all calls so far; None without a price."""
+
+
+Show = Callable[[Progress], None]
+Cost = Callable[[float], float | None]
+
+
+def no_cost(seconds: float) -> float | None:
+    """Return None: nobody said what an hour costs."""
+    return None
+
+
 @contextmanager
-def progress(plan: Plan, done: set[str], say: Say) -> Iterator[None]:
-    """Say how far the run is, from a thread, whenever a unit is done."""
-    stop = threading.Event()
-    thread = threading.Thread(target=_watch, args=(plan, done, say, stop), name="k2batch-progress", daemon=True)
+def watch(plan: Plan, done: set[str], shows: Sequence[Show], *, say: Say, cost: Cost = no_cost) -> Iterator[None]:
+    """Show how far the run is, from a thread, and once more at the end.
+
+    Args:
+        plan: the run.
+        done: ids of the units done before.
+        shows: each is called at every look.
+        say: is told when the receipts cannot be read.
+        cost: returns the cost of the run after so many seconds of this call.
+    """
+    watcher = _Watcher(plan, done, shows, say, cost)
+    thread = threading.Thread(target=watcher.loop, name="k2batch-progress", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        stop.set()
+        watcher.stop.set()
         thread.join(timeout=10)
 
 
-def _watch(plan: Plan, done: set[str], say: Say, stop: threading.Event) -> None:
-    start = said = time.perf_counter()
-    rows_of = {unit.unit_id: unit.rows for unit in plan.units}
-    rows_before = sum(rows_of[unit_id] for unit_id in done)
-    units_said = len(done)
-    while not stop.wait(POLL_SECONDS):
-        now = time.perf_counter()
+class _Watcher:
+    def __init__(self, plan: Plan, done: set[str], shows: Sequence[Show], say: Say, cost: Cost) -> None:
+        self.plan = plan
+        self.rows_of = {unit.unit_id: unit.rows for unit in plan.units}
+        self.shows = shows
+        self.say = say
+        self.cost = cost
+        self.stop = threading.Event()
+        self.start = time.perf_counter()
+        self.seen = set(done)
+        self.rows_before = self.rows_done = sum(self.rows_of[unit_id] for unit_id in done)
+        self.tokens = 0.0
+
+    def loop(self) -> None:
+        """Look until the call ends, and then once more."""
+        pause = POLL_SECONDS
+        while not self.stop.wait(pause):
+            took = self.look()
+            pause = max(POLL_SECONDS, took / LOOKING_SHARE)
+        self.look()
+
+    def look(self) -> float:
+        """Show what the receipts say now; return how many seconds it took."""
+        began = time.perf_counter()
         try:
-            receipts = done_units(plan)
+            self._count(done_units(self.plan) - self.seen)
         except Exception as error:  # progress is a courtesy: the flow meets the same store and speaks for itself
-            say(f"  progress cannot be read just now: {error}")
-            continue
-        if len(receipts) == units_said and now - said < QUIET_SECONDS:
-            continue
-        rows = sum(rows_of[unit_id] for unit_id in receipts)
-        said, units_said = now, len(receipts)
-        say(progress_line(len(receipts), len(plan.units), rows, plan.rows, rows - rows_before, now - start))
+            self.say(f"  progress cannot be read just now: {error}")
+        else:
+            now = self.progress(began - self.start)
+            for show in self.shows:
+                show(now)
+        return time.perf_counter() - began
+
+    def _count(self, new: frozenset[str]) -> None:
+        read = storage.in_threads(self._tokens, sorted(new)[:RECEIPTS_READ])
+        known = [(tokens, rows) for tokens, rows in read if rows]
+        rows = sum(self.rows_of[unit_id] for unit_id in new)
+        if known:
+            self.tokens += sum(tokens for tokens, _ in known) * rows / sum(rows for _, rows in known)
+        self.rows_done += rows
+        self.seen |= new
+
+    def _tokens(self, unit_id: str) -> tuple[int, int]:
+        """Return the tokens and rows of a receipt; nothing of one that was replaced or deleted meanwhile."""
+        try:
+            receipt = Receipt.from_json(storage.read_text(receipt_url(self.plan, unit_id)))
+        except (FileNotFoundError, ValueError, TypeError):
+            return 0, 0
+        return receipt.prompt_tokens + receipt.output_tokens, receipt.rows
+
+    def progress(self, seconds: float) -> Progress:
+        """Return what is known `seconds` after the call began."""
+        rows_now = self.rows_done - self.rows_before
+        per_second = rows_now / max(seconds, 1e-9)
+        return Progress(
+            run_id=self.plan.run_id,
+            units=len(self.rows_of),
+            units_done=len(self.seen),
+            rows=self.plan.rows,
+            rows_done=self.rows_done,
+            rows_now=rows_now,
+            seconds=seconds,
+            rows_per_second=per_second,
+            tokens_per_second=self.tokens / max(seconds, 1e-9),
+            seconds_left=(self.plan.rows - self.rows_done) / per_second if per_second else None,
+            cost=self.cost(seconds),
+        )
 
 
-def progress_line(units: int, all_units: int, rows: int, all_rows: int, rows_now: int, seconds: float) -> str:
-    """Return a line such as `  3/9 units · 768/1,520 tickets (51 %) · 24.1 tickets/s · 31 s to go`."""
-    line = f"  {units}/{all_units} units · {rows:,}/{all_rows:,} tickets ({100 * rows // max(all_rows, 1)} %)"
-    if not rows_now:
-        return f"{line} · {duration(seconds)} so far"
-    rate = rows_now / seconds
-    return f"{line} · {rate:.1f} tickets/s · {duration((all_rows - rows) / rate)} to go"
+def progress_line(now: Progress) -> str:
+    """Return a line such as `  3/9 units · 768/1,520 tickets (51 %) · 24.1 tickets/s · 5,120 tokens/s · 31 s to go`."""
+    share = 100 * now.rows_done // max(now.rows, 1)
+    parts = [f"  {now.units_done}/{now.units} units", f"{now.rows_done:,}/{now.rows:,} tickets ({share} %)"]
+    if now.seconds_left is None:
+        parts.append(f"{duration(now.seconds)} so far")
+    else:
+        parts += [f"{now.rows_per_second:,.1f} tickets/s", f"{now.tokens_per_second:,.0f} tokens/s"]
+        parts.append(f"{duration(now.seconds_left)} to go" if now.rows_done < now.rows else duration(now.seconds))
+    if now.cost is not None:
+        parts.append(f"cost {now.cost:,.2f}")
+    return " · ".join(parts)
 
 
 def duration(seconds: float) -> str:

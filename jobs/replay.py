@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from jobs.verify import same_values
 from pipelines import graph, storage
-from pipelines.annotate import Block, OpenEngine, SupportsAnnotate, annotate
+from pipelines.annotate import Block, OpenEngine, SupportsAnnotate, SupportsPrompts, annotate
 from pipelines.commit import read_plan, read_receipts
-from pipelines.prompts import Prompts
 from pipelines.read import read_unit
 from schemas.annotations import task_columns
 from schemas.errors import K2Error, SchemaMismatch
@@ -147,7 +146,13 @@ def _annotated_rows(plan: Plan, stored: pa.Table, places: Sequence[int]) -> list
 
 
 def _flips(
-    plan: Plan, unit: Unit, row: int, source: pa.Table, stored: pa.Table, prompts: Prompts, engine: SupportsAnnotate
+    plan: Plan,
+    unit: Unit,
+    row: int,
+    source: pa.Table,
+    stored: pa.Table,
+    prompts: SupportsPrompts,
+    engine: SupportsAnnotate,
 ) -> Iterator[Flip]:
     """Yield each column in which row `row` of the unit differs from what is computed for it alone."""
     alone = annotate(Block(unit, source.slice(row, 1), time.perf_counter()), plan, prompts, engine).table

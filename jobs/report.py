@@ -7,16 +7,18 @@ as marks, so a ticket can neither run nor rearrange the page of the person who r
 import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import storage
-from pipelines.commit import read_plan, read_receipts
+from jobs.churn import Churn, churn_lines, read_churn, write_churn
+from pipelines import finalize, storage
+from pipelines.commit import done_units, read_plan, read_receipt
 from schemas.annotations import task_columns
-from schemas.errors import SpecError, StorageError
+from schemas.errors import SpecError
 from schemas.runs import Manifest, Plan, Task
 
 CLIP = 240
@@ -24,6 +26,9 @@ CLIP = 240
 
 EXAMPLES = 5
 """Rejected rows shown for each reason."""
+
+FILES = 1_000
+"""Data files listed; a page of a million would be 300 MB."""
 
 SAMPLE_ROWS = 20
 """Annotated rows shown."""
@@ -53,43 +58,52 @@ class AnnotatedRow:
 
 
 def read_manifest(plan: Plan) -> Manifest:
-    """Return the published result of a run. Raises: SpecError if it was never finalized; StorageError."""
-    url = storage.join(plan.output, "_manifest.json")
-    try:
-        return Manifest.from_json(storage.read_text(url))
-    except FileNotFoundError:
+    """Return the result of a run. Raises: SpecError if it was never finalized; StorageError."""
+    manifest = finalize.read_manifest(plan)
+    if manifest is None:
         remedy = "run its job again: it resumes, then publishes"
-        raise SpecError(f"{plan.output}: not finished, it has no _manifest.json", remedy=remedy) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{url}: not a manifest of this version: {error}", remedy="run the job again") from error
+        raise SpecError(f"{plan.output}: not finished, it has no manifest", remedy=remedy)
+    return manifest
 
 
-def publish_report(plan: Plan, manifest: Manifest) -> str:
-    """Write report.html into the run's folder; return its URL. Raises: StorageError."""
+def publish_report(plan: Plan, manifest: Manifest, against: str = "") -> str:
+    """Write report.html into the run's folder; return its URL.
+
+    Args:
+        plan: the run.
+        manifest: its result.
+        against: the run to compare with; if empty, the latest of the same job that had ended when this one began.
+
+    Raises: StorageError; SpecError if `against` is no finished run.
+    """
     url = storage.join(plan.output, "report.html")
-    storage.write_bytes_atomic(url, render(plan, manifest).encode())
+    storage.write_bytes_atomic(url, render(plan, manifest, write_churn(plan, manifest, against)).encode())
     return url
 
 
-def report(run_url: str) -> tuple[str, dict[str, Any]]:
+def report(run_url: str, against: str = "") -> tuple[str, dict[str, Any]]:
     """Write the report of the run at `run_url`; return it as lines for a terminal, and as the manifest's fields.
 
     Raises: SpecError if there is no finished run; StorageError.
     """
     plan = read_plan(run_url)
     manifest = read_manifest(plan)
-    url = publish_report(plan, manifest)
-    return text_report(plan, manifest), asdict(manifest) | {"report": url}
+    url = publish_report(plan, manifest, against)
+    found = read_churn(plan)
+    facts = asdict(manifest) | {"report": url, "churn": asdict(found) if found is not None else None}
+    return text_report(plan, manifest), facts
 
 
-def render(plan: Plan, manifest: Manifest) -> str:
+def render(plan: Plan, manifest: Manifest, churn: Churn | None = None) -> str:
     """Return the report as HTML."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    receipts = read_receipts(plan)
-    files = [{"unit": unit, "receipt": receipts[unit.unit_id]} for unit in plan.units if unit.unit_id in receipts]
+    done = done_units(plan)
+    shown = list(islice((unit for unit in plan.units if unit.unit_id in done), FILES))
+    receipts = storage.in_threads(lambda unit: read_receipt(plan, unit.unit_id), shown)
+    files = [{"unit": unit, "receipt": receipt} for unit, receipt in zip(shown, receipts, strict=True) if receipt]
     return template.render(
         plan=plan,
         manifest=manifest,
@@ -99,13 +113,15 @@ def render(plan: Plan, manifest: Manifest) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         how_to_read=how_to_read(plan),
         share=share,
+        ending=ending(manifest),
+        churn=churn,
     )
 
 
 def text_report(plan: Plan, manifest: Manifest) -> str:
     """Return the report as text of a few lines."""
     lines = [
-        f"{manifest.run_id}: {manifest.status}",
+        f"{manifest.run_id}: {ending(manifest)}",
         f"  rows      {manifest.rows_in:,} in = {manifest.rows_annotated:,} annotated"
         f" + {manifest.rows_rejected:,} rejected" + _missing_rows(manifest),
         f"  units     {manifest.units_done:,} of {manifest.units:,} done",
@@ -113,6 +129,10 @@ def text_report(plan: Plan, manifest: Manifest) -> str:
         f" ({share(manifest.computed_tokens, manifest.prompt_tokens)}), {manifest.output_tokens:,} written",
         f"  model     computing {manifest.engine_busy:.0%} of the time",
     ]
+    if manifest.attempts > manifest.units_done:
+        lines.append(f"  attempts  {manifest.attempts:,} at {manifest.units_done:,} units: processes died under some")
+    if manifest.rows_cached:
+        lines.append(f"  cached    {manifest.rows_cached:,} rows, answered in earlier runs")
     lines += [f"  rejected  {rows:,} × {code}" for code, rows in manifest.error_codes.items()]
     for task, labels in manifest.labels.items():
         width = max((len(label) for label in labels), default=0)
@@ -120,6 +140,8 @@ def text_report(plan: Plan, manifest: Manifest) -> str:
         for label, rows in sorted(labels.items(), key=lambda item: -item[1]):
             bar = "█" * round(30 * rows / max(manifest.rows_annotated, 1))
             lines.append(f"    {label:<{width}} {rows:>8,} {share(rows, manifest.rows_annotated):>6} {bar}")
+    found = read_churn(plan)
+    lines += churn_lines(found) if found is not None else []
     lines += [f"  bad file  {file.url}: {file.error_code}: {file.error_message}" for file in manifest.rejected_files]
     lines += [
         f"  result    {plan.output}/data/",
@@ -127,6 +149,11 @@ def text_report(plan: Plan, manifest: Manifest) -> str:
         f"  verify    k2batch verify {plan.output}",
     ]
     return "\n".join(lines)
+
+
+def ending(manifest: Manifest) -> str:
+    """Return how the run stands, such as `incomplete (deadline)`."""
+    return manifest.status + ("" if manifest.outcome == manifest.status else f" ({manifest.outcome})")
 
 
 def how_to_read(plan: Plan) -> list[tuple[str, str]]:

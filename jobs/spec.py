@@ -5,6 +5,7 @@ night of annotation. Relative paths are relative to the current folder. No envir
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -12,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.limits import is_deadline
 from jobs.section import Section
+from pipelines.watch import STALL_SECONDS
 from schemas.annotations import TASK_FIELDS
 from schemas.errors import SpecError
 from schemas.runs import Task
@@ -24,18 +27,19 @@ PRECISIONS = ("int8", "mixed", "bf16", "fp32")
 ON_BAD_FILE = ("reject", "fail")
 
 _KEYS: dict[str, tuple[str, ...]] = {
-    "": ("job", "input", "output", "model", "deploy", "task", "limits"),
+    "": ("job", "input", "output", "model", "deploy", "task", "limits", "cache"),
     "job": ("name",),
     "input": ("urls", "columns", "on_bad_file", "unit_rows"),
     "input.columns": ("id", "text"),
     "output": ("url", "prefix"),
     "model": ("checkpoint", "precision", "router_thresholds"),
-    "deploy": ("mode", "runner", "workers", "options"),
+    "deploy": ("mode", "runner", "workers", "options", "dask_address", "price_per_hour", "tokens_per_second"),
     "task": (
         *("name", "kind", "labels", "guidelines", "instruction", "calibrate", "threshold", "max_tokens"),
         *("json_schema", "regex", "choices", "temperature", "top_p", "seed", "samples", "stop"),
     ),
-    "limits": ("max_prompt_tokens", "max_reject_rate"),
+    "limits": ("max_prompt_tokens", "max_reject_rate", "deadline", "max_cost", "grace_seconds", "stall_seconds"),
+    "cache": ("max_gb",),
 }
 
 _KINDS_OF_KEY = {
@@ -91,11 +95,27 @@ class JobSpec:
     workers: int
     """Worker processes, for the `dask` runner."""
     options: tuple[str, ...]
-    """Beam pipeline options, such as `--runner=FlinkRunner` or `--dask_client_address=tcp://host:8786`."""
+    """Beam pipeline options, such as `--runner=FlinkRunner`."""
+    dask_address: str
+    """Of the user's own Dask scheduler, such as `tcp://host:8786`; empty to start `workers` processes here."""
     tasks: tuple[Task, ...]
     max_prompt_tokens: int
     max_reject_rate: float
     """Share of the rows that may be rejected before the run counts as failed, in [0, 1]."""
+    price_per_hour: float
+    """Of all machines that the run holds, together, in any currency; 0 if not given."""
+    tokens_per_second: float
+    """What `plan` reckons with before anything was measured; 0 if not given."""
+    deadline: str
+    """When no unit should be under way any more: a local time of day, or how long from the start; empty for never."""
+    max_cost: float
+    """What all calls of the run may cost together, in the currency of the price; 0 for no limit."""
+    grace_seconds: float
+    """How long the units under way may take after SIGTERM."""
+    stall_seconds: float
+    """After which a process that computes nothing is ended, and what it computed tried more carefully."""
+    cache_gb: float
+    """What kept answers may take under the output folder once a run ends, in 10^9 bytes; 0 to keep and take none."""
 
 
 def load_spec(path: str, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> JobSpec:
@@ -112,7 +132,12 @@ def load_spec(path: str, overrides: Mapping[str, Mapping[str, Any]] | None = Non
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             table.update(values)
-    return _job(Section(path, _KEYS, raw))
+    return make_spec(raw, path)
+
+
+def make_spec(raw: Mapping[str, Any], where: str) -> JobSpec:
+    """Return the job of these sections, as `tomllib` reads them. Raises: SpecError, which `where` begins."""
+    return _job(Section(where, _KEYS, raw))
 
 
 def _read_toml(path: str) -> dict[str, Any]:
@@ -155,10 +180,49 @@ def _job(root: Section) -> JobSpec:
         runner=deploy.one_of("runner", RUNNERS, "local"),
         workers=deploy.integer("workers", 1),
         options=deploy.texts("options"),
+        dask_address=_dask_address(deploy),
         tasks=_tasks(root),
         max_prompt_tokens=limits.integer("max_prompt_tokens", 2048),
         max_reject_rate=limits.share("max_reject_rate", 0.01),
+        price_per_hour=_positive(deploy, "price_per_hour"),
+        tokens_per_second=_positive(deploy, "tokens_per_second"),
+        deadline=_deadline(limits),
+        max_cost=_max_cost(limits, deploy),
+        grace_seconds=_positive(limits, "grace_seconds", 100.0),
+        stall_seconds=_positive(limits, "stall_seconds", STALL_SECONDS),
+        cache_gb=_cache_gb(root.section("cache")),
     )
+
+
+def _positive(section: Section, key: str, default: float = 0.0) -> float:
+    """Return a number above 0, or the default."""
+    value = section.real(key, default)
+    if key in section.table and not 0 < value < math.inf:
+        raise section.wrong(key, "a number above 0")
+    return value
+
+
+def _deadline(limits: Section) -> str:
+    text = limits.text("deadline", "")
+    if "deadline" in limits.table and not is_deadline(text):
+        raise limits.wrong("deadline", 'a time of day such as "06:00", or a length of time such as "2h30m"')
+    return text
+
+
+def _max_cost(limits: Section, deploy: Section) -> float:
+    if "max_cost" in limits.table and "price_per_hour" not in deploy.table:
+        raise SpecError(
+            f"{limits.where('max_cost')} says nothing without a price",
+            remedy="add: [deploy] price_per_hour, that of all machines which the run holds, together",
+        )
+    return _positive(limits, "max_cost")
+
+
+def _cache_gb(cache: Section) -> float:
+    max_gb = cache.real("max_gb", 10.0)
+    if not 0 <= max_gb < math.inf:
+        raise cache.wrong("max_gb", "a number from 0, which turns the cache off")
+    return max_gb
 
 
 def _mode(deploy: Section) -> str:
@@ -166,6 +230,13 @@ def _mode(deploy: Section) -> str:
     if mode not in MODES:
         raise deploy.wrong("mode", "one of: cpu; this version has no other mode", 'say mode = "cpu", or leave it out')
     return mode
+
+
+def _dask_address(deploy: Section) -> str:
+    address = deploy.text("dask_address", "")
+    if address and deploy.table.get("runner") != "dask":
+        raise deploy.wrong("dask_address", 'none, unless runner is "dask"', 'say runner = "dask"')
+    return address
 
 
 def _router_thresholds(model: Section) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ time.
 import hashlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.annotate import id_texts
-from pipelines.commit import read_plan, read_receipts
-from pipelines.finalize import make_manifest, orphan_files
+from pipelines.commit import read_plan, read_receipt, receipts_of
+from pipelines.finalize import make_manifest, orphan_files, read_manifest
 from pipelines.read import read_unit
 from schemas.annotations import output_schema
-from schemas.errors import K2Error
+from schemas.errors import K2Error, StorageError
 from schemas.rejects import REJECTS
-from schemas.runs import Manifest, Plan, Receipt, Unit
+from schemas.runs import Plan, Receipt, Unit
 
 _MANIFEST_KEYS = (
     "run_id",
@@ -50,16 +50,14 @@ def verify(run_url: str) -> list[str]:
     Raises: SpecError if there is no run; StorageError.
     """
     plan = read_plan(run_url)
-    receipts = read_receipts(plan)
     problems = list(_check_tiling(plan))
     for unit in plan.units:
-        receipt = receipts.get(unit.unit_id)
+        receipt = read_receipt(plan, unit.unit_id)
         if receipt is None:
             problems.append(f"{_where(unit)}: has no receipt")
         else:
             problems.extend(f"{_where(unit)}: {problem}" for problem in _check_unit(plan, unit, receipt))
-    problems.extend(f"{name} is an orphan: nothing names it" for name in orphan_files(plan, receipts))
-    problems.extend(_check_manifest(plan, receipts))
+    problems.extend(_check_manifest(plan))
     return problems
 
 
@@ -236,17 +234,20 @@ def _check_rejects(plan: Plan, unit: Unit, receipt: Receipt, table: pa.Table) ->
         yield f"rejects/{receipt.rejects} does not list the {len(rows)} rejected rows of data/{receipt.data}"
 
 
-def _check_manifest(plan: Plan, receipts: Mapping[str, Receipt]) -> Iterator[str]:
+def _check_manifest(plan: Plan) -> Iterator[str]:
     """Yield where the manifest is not the sum of the receipts, or `_SUCCESS` is wrong."""
     try:
-        manifest = Manifest.from_json(storage.read_text(storage.join(plan.output, "_manifest.json")))
-    except FileNotFoundError:
-        yield "_manifest.json is missing: the run has not been finalized"
+        manifest = read_manifest(plan)
+    except StorageError as error:
+        yield error.message
         return
-    except (ValueError, KeyError, TypeError) as error:
-        yield f"_manifest.json cannot be read: {error}"
+    if manifest is None:
+        yield "_manifest.json or _SUCCESS is missing: the run has not been finalized"
         return
-    expected = make_manifest(plan, receipts, (), max_reject_rate=1.0)
+    if manifest.status == "complete":  # before that, killed attempts may have left files, which are not published
+        yield from (f"{name} is an orphan: nothing names it" for name in orphan_files(plan, manifest))
+    receipts = (receipt for _, receipt in receipts_of(plan) if receipt is not None)
+    expected = make_manifest(plan, receipts, {}, max_reject_rate=1.0)
     for key in _MANIFEST_KEYS:
         if getattr(manifest, key) != getattr(expected, key):
             yield f"_manifest.json says {key} {getattr(manifest, key)}, the receipts add up to {getattr(expected, key)}"

@@ -7,12 +7,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import pyarrow as pa
 
-from k2model.engine.request import GREEDY, Completion, Request, SupportsSubmit
+from k2model.engine.request import GREEDY, Candidate, Completion, Request, SupportsSubmit
 from k2model.tokenizer import Tokenizer
+from pipelines.cache import Cache
 from schemas.annotations import ROW_FIELDS, output_schema, task_columns
 from schemas.errors import BlankText, EngineFailure, InvalidText, NullText, RowError
 from schemas.rejects import REJECTS
@@ -63,6 +65,8 @@ class Block:
     table: pa.Table
     started: float
     """`time.perf_counter()` when the unit was begun."""
+    attempts: int = 1
+    """Begun at this unit, this one too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +76,7 @@ class AnnotatedBlock:
     unit: Unit
     table: pa.Table
     rejects: pa.Table
+    rows_cached: int
     labels: dict[str, dict[str, int]]
     error_codes: dict[str, int]
     prompt_tokens: int
@@ -79,6 +84,7 @@ class AnnotatedBlock:
     output_tokens: int
     started: float
     engine_busy: float
+    attempts: int
 
     def receipt(self, *, attempt: str, data: str, data_sha256: str, rejects: str | None) -> Receipt:
         """Return the receipt of this block, stored under these file names."""
@@ -91,6 +97,7 @@ class AnnotatedBlock:
             rows=self.table.num_rows,
             rows_annotated=self.table.num_rows - self.rejects.num_rows,
             rows_rejected=self.rejects.num_rows,
+            rows_cached=self.rows_cached,
             error_codes=self.error_codes,
             labels=self.labels,
             prompt_tokens=self.prompt_tokens,
@@ -98,6 +105,7 @@ class AnnotatedBlock:
             output_tokens=self.output_tokens,
             seconds=round(time.perf_counter() - self.started, 3),
             engine_busy=self.engine_busy,
+            attempts=self.attempts,
         )
 
 
@@ -119,17 +127,22 @@ class _Answered:
     """Of the prompts: the instructions, which all rows share. What else was shared depends on the rows beside it."""
     computed_tokens: int
     output_tokens: int
+    route: str
+    """Of the first row that asks: `large` or `cache`."""
 
 
-def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: SupportsSubmit) -> AnnotatedBlock:
+def annotate(
+    block: Block, plan: Plan, prompts: SupportsPrompts, engine: SupportsSubmit, cache: Cache | None = None
+) -> AnnotatedBlock:
     """Return the block's rows, in order, with every added column.
 
-    Texts that give the same requests are asked once; the first such row has route `large`, the others `duplicate`.
+    Texts that give the same requests are asked once; the first such row has route `large`, or `cache` if an earlier run
+    had its answer, the others `duplicate`. But for `route` and `usage`, a row is the same with and without a cache.
     """
     began, busy_before = time.perf_counter(), engine.busy_seconds
     asked_for = ask(row_texts(block.table, plan.columns), prompts)
     distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, Asked)}
-    outcomes = _answer(distinct, prompts, engine)
+    outcomes = _answer(distinct, prompts, engine, cache, block.unit.unit_id)
     answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, _Answered)}
     busy = (engine.busy_seconds - busy_before) / (time.perf_counter() - began)
     fates = [_fate(fate, outcomes) for fate in asked_for]
@@ -143,12 +156,14 @@ def annotate(block: Block, plan: Plan, prompts: SupportsPrompts, engine: Support
         unit=block.unit,
         table=table,
         rejects=rejects,
+        rows_cached=columns[f"{plan.prefix}route"].count("cache"),
         labels=_count_labels(columns, plan),
         error_codes=dict(sorted(Counter(rejects.column("error_code").to_pylist()).items())),
         prompt_tokens=sum(answer.prompt_tokens for answer in asked),
         computed_tokens=sum(answer.computed_tokens for answer in answered.values()),
         output_tokens=sum(answer.output_tokens for answer in asked),
         started=block.started,
+        attempts=block.attempts,
         engine_busy=round(min(1.0, busy), 3),
     )
 
@@ -234,19 +249,25 @@ def ask(texts: Sequence[str | RowError], prompts: SupportsPrompts) -> list[Asked
 def hash_requests(requests: Sequence[Request]) -> str:
     """Return 32 hex digits that name all that `requests` ask: prompts, candidates, limits, and how tokens are drawn."""
     # Every list is preceded by its length, so that no two different requests give the same numbers.
-    numbers = array("q", [len(requests)])
+    names = hashlib.sha256(array("q", [len(requests)]))
     for request in requests:
         head = (len(request.prompt_ids), request.num_prefix_tokens, request.max_tokens, len(request.candidates))
-        numbers.extend(head)
-        numbers.extend(request.prompt_ids)
-        for candidate in request.candidates:
-            numbers.extend((len(candidate.token_ids), candidate.num_scored))
-            numbers.extend(candidate.token_ids)
-    names = hashlib.sha256(numbers)
+        names.update(array("q", (*head, *request.prompt_ids)))
+        names.update(_candidate_numbers(request.candidates))
     drawn = [(request.stop_strings, request.grammar, request.sampling) for request in requests]
     if any(how != ((), None, GREEDY) for how in drawn):
         names.update(repr(drawn).encode())
     return names.hexdigest()[:32]
+
+
+@lru_cache(maxsize=64)
+def _candidate_numbers(candidates: tuple[Candidate, ...]) -> bytes:
+    """Return what names the candidates; all rows of a job have the same, and these are most of what is named."""
+    numbers = array("q")
+    for candidate in candidates:
+        numbers.extend((len(candidate.token_ids), candidate.num_scored))
+        numbers.extend(candidate.token_ids)
+    return numbers.tobytes()
 
 
 def _fate(fate: Asked | RowError, outcomes: Mapping[str, "_Answered | RowError"]) -> Asked | RowError:
@@ -256,25 +277,33 @@ def _fate(fate: Asked | RowError, outcomes: Mapping[str, "_Answered | RowError"]
 
 
 def _answer(
-    distinct: Mapping[str, Asked], prompts: SupportsPrompts, engine: SupportsSubmit
+    distinct: Mapping[str, Asked], prompts: SupportsPrompts, engine: SupportsSubmit, cache: Cache | None, unit_id: str
 ) -> dict[str, _Answered | RowError]:
-    """Return the answer to each of `distinct`, or why there is none; all are asked in one submission."""
-    requests = [request for asked in distinct.values() for request in asked.requests]
+    """Return the answer to each of `distinct`, or why there is none; what no cache knows is asked in one submission."""
+    known = cache.lookup({name: len(asked.requests) for name, asked in distinct.items()}) if cache else {}
+    requests = [request for name, asked in distinct.items() if name not in known for request in asked.requests]
     completions = iter(engine.submit(requests).result() if requests else ())
+    computed = {
+        name: [next(completions) for _ in asked.requests] for name, asked in distinct.items() if name not in known
+    }
+    if cache:
+        cache.store(unit_id, {name: own for name, own in computed.items() if not any(one.error for one in own)})
     answered: dict[str, _Answered | RowError] = {}
     for name, asked in distinct.items():
-        own = [next(completions) for _ in asked.requests]
+        own = known[name] if name in known else computed[name]
         error = next((completion.error for completion in own if completion.error), None)
         if error is not None:
             remedy = "try the row in a run of its own; if it fails there, too, please report it"
             answered[name] = EngineFailure(f"the model could not compute this row: {error}", remedy=remedy)
             continue
+        prompt_tokens = sum(len(request.prompt_ids) for request in asked.requests)
         answered[name] = _Answered(
             answers=prompts.answers(own),
-            prompt_tokens=sum(len(request.prompt_ids) for request in asked.requests),
-            cached_tokens=sum(request.num_prefix_tokens for request in asked.requests),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=prompt_tokens if name in known else sum(one.num_prefix_tokens for one in asked.requests),
             computed_tokens=sum(completion.computed_tokens for completion in own),
             output_tokens=sum(len(completion.token_ids) for completion in own),
+            route="cache" if name in known else "large",
         )
     return answered
 
@@ -301,7 +330,7 @@ def _columns(
                 "cached_tokens": answer.cached_tokens if is_first else answer.prompt_tokens,
                 "output_tokens": answer.output_tokens,
             }
-            route = "large" if is_first else "duplicate"
+            route = answer.route if is_first else "duplicate"
             values = ("annotated", None, None, plan.model_fingerprint, fate.prompt_hash, usage, route)
             for name in task_names:
                 columns[name].append(_arrow_value(answer.answers[name.removeprefix(plan.prefix)]))

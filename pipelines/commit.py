@@ -1,14 +1,17 @@
 """The run's folder: plan, data, rejects, receipts. A unit is done when its receipt exists, and not before.
 
-Data files have names unique to the attempt and are written first; the receipt, one small atomic write, comes last.
-So a killed, retried or doubled attempt leaves at worst files that no receipt names, which `finalize` deletes.
+A data file is named by the digest of its bytes and written first; the receipt, one small atomic write, comes last. So
+attempts that are doubled write the same files, and one that is killed leaves at worst a file that nothing names.
+COMMIT.md tells the whole protocol, and why it holds.
 """
 
 import hashlib
 import io
 import json
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,39 +20,62 @@ from pipelines import storage
 from pipelines.annotate import AnnotatedBlock
 from schemas.errors import K2Error, SpecError, StorageError
 from schemas.runs import Plan, Receipt, RejectedFile, Unit
+from schemas.units import units_of, units_table
+
+_PAGE = 4096
+"""Receipts in memory at once."""
 
 
 def write_plan(plan: Plan) -> None:
-    """Write plan.json, once: a run that has one must have this one.
+    """Write units.parquet, then plan.json, once: a run that has a plan must have this one.
 
     Raises: StorageError if another plan stands there.
     """
     url = storage.join(plan.output, "plan.json")
+    units_url = storage.join(plan.output, "units.parquet")
     try:
-        found = read_plan(plan.output)
-    except SpecError:
+        found = storage.read_text(url)
+    except FileNotFoundError:
+        storage.write_bytes_atomic(units_url, to_parquet(units_table(plan.units)))
         storage.write_bytes_atomic(url, plan.to_json().encode())
         return
-    # The same checkpoint may since have moved: its fingerprint is what counts, and is in the run's id.
-    if replace(found, checkpoint=plan.checkpoint) != plan:
+    if _identity(found) != _identity(plan.to_json()):
         remedy = "delete the folder, or set another [output] url"
         raise StorageError(f"{url}: holds another plan than {plan.run_id}", remedy=remedy)
+    if not storage.exists(units_url):
+        storage.write_bytes_atomic(units_url, to_parquet(units_table(plan.units)))
+
+
+def _identity(plan_json: str) -> dict[str, object] | None:
+    """Return what a plan must have in common with the one before it; None for what is no plan."""
+    try:
+        # The same checkpoint, or the run, may since have moved; the fingerprint is what counts, and is in the run's id.
+        return {**json.loads(plan_json), "checkpoint": None, "output": None, "uses_cache": None}
+    except (ValueError, TypeError):
+        return None
 
 
 def read_plan(run_url: str) -> Plan:
     """Return the plan of the run in the folder `run_url`, which may have been moved since.
 
-    Raises: SpecError if there is no run.
+    Raises: SpecError if there is no run; StorageError if its plan is damaged, or of another version.
     """
     folder = storage.absolute(run_url)
-    url = storage.join(folder, "plan.json")
+    url, units_url = (storage.join(folder, name) for name in ("plan.json", "units.parquet"))
     try:
-        plan = Plan.from_json(storage.read_text(url))
+        text = storage.read_text(url)
     except FileNotFoundError as error:
         remedy = "give the folder <output>/<run_id>"
         raise SpecError(f"{run_url}: not a run, it has no plan.json", remedy=remedy) from error
+    try:
+        units = units_of(pq.read_table(pa.BufferReader(storage.read_bytes(units_url))))
+    except (ValueError, pa.ArrowException, OSError) as error:
+        remedy = "delete it, then run the job again from its file, which writes it anew"
+        raise StorageError(f"{units_url}: cannot be read: {error}", remedy=remedy) from error
+    try:
+        plan = Plan.from_json(text, units)
     except (ValueError, KeyError, TypeError) as error:
-        remedy = "run the job again from its file"
+        remedy = "delete the folder, then run the job again from its file"
         raise StorageError(f"{url}: not a plan of this version: {error}", remedy=remedy) from error
     return replace(plan, output=folder)
 
@@ -72,15 +98,24 @@ def pending_units(plan: Plan) -> tuple[Unit, ...]:
     return tuple(unit for unit in plan.units if unit.unit_id not in done)
 
 
+def receipts_of(plan: Plan) -> Iterator[tuple[str, Receipt | None]]:
+    """Yield unit id and receipt of each unit that is done, in plan order, some at a time.
+
+    None stands for a receipt that is none: it cannot be read, or is of another unit.
+    """
+    done = done_units(plan)
+    ids = (unit.unit_id for unit in plan.units if unit.unit_id in done)
+    while page := list(islice(ids, _PAGE)):
+        yield from zip(page, storage.in_threads(lambda unit_id: read_receipt(plan, unit_id), page), strict=True)
+
+
 def read_receipts(plan: Plan) -> dict[str, Receipt]:
     """Return the receipts of the plan's units by unit id, in plan order. One that is not a receipt counts as none."""
-    done = done_units(plan)
-    ids = [unit.unit_id for unit in plan.units if unit.unit_id in done]
-    receipts = storage.in_threads(lambda unit_id: _read_receipt(plan, unit_id), ids)
-    return {unit_id: receipt for unit_id, receipt in zip(ids, receipts, strict=True) if receipt is not None}
+    return {unit_id: receipt for unit_id, receipt in receipts_of(plan) if receipt is not None}
 
 
-def _read_receipt(plan: Plan, unit_id: str) -> Receipt | None:
+def read_receipt(plan: Plan, unit_id: str) -> Receipt | None:
+    """Return the receipt of a unit; None if there is none, or what stands there is not one."""
     try:
         receipt = Receipt.from_json(storage.read_text(receipt_url(plan, unit_id)))
     except (FileNotFoundError, ValueError, TypeError):
@@ -93,21 +128,33 @@ def has_receipt(plan: Plan, unit: Unit) -> bool:
     return storage.exists(receipt_url(plan, unit.unit_id))
 
 
+def claim_url(plan: Plan, data: str) -> str:
+    """Return where it stands that a receipt may name the data file `data`, so that nobody ever deletes that."""
+    return storage.join(plan.output, "claims", data.removesuffix(".parquet"))
+
+
 def commit(block: AnnotatedBlock, plan: Plan) -> Receipt:
-    """Write the block's data, its rejects if any, and last its receipt; return the receipt.
+    """Write the block's data, its rejects if any, and last its receipt; return the unit's receipt.
+
+    That is another attempt's if there is one by then, and ours is not written.
 
     Raises: StorageError.
     """
-    attempt = uuid.uuid4().hex
-    name = f"part-{block.unit.unit_id}-{attempt}.parquet"
+    unit_id = block.unit.unit_id
     data = to_parquet(block.table)
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = f"part-{unit_id}-{sha256[:16]}.parquet"
     storage.write_bytes_atomic(storage.join(plan.output, "data", name), data)
     rejects = None
     if block.rejects.num_rows:
         rejects = name
         storage.write_bytes_atomic(storage.join(plan.output, "rejects", name), to_parquet(block.rejects))
-    receipt = block.receipt(attempt=attempt, data=name, data_sha256=hashlib.sha256(data).hexdigest(), rejects=rejects)
-    storage.write_bytes_atomic(receipt_url(plan, block.unit.unit_id), receipt.to_json().encode())
+    found = read_receipt(plan, unit_id)
+    if found is not None:
+        return found
+    receipt = block.receipt(attempt=uuid.uuid4().hex, data=name, data_sha256=sha256, rejects=rejects)
+    storage.write_bytes_atomic(claim_url(plan, name), b"")
+    storage.write_bytes_atomic(receipt_url(plan, unit_id), receipt.to_json().encode())
     return receipt
 
 
@@ -126,16 +173,18 @@ def write_failure(plan: Plan, unit: Unit, error: K2Error) -> None:
 
 
 def read_failures(plan: Plan) -> dict[str, RejectedFile]:
-    """Return the noted failures by unit id, in plan order."""
+    """Return the noted failures by unit id, in plan order; a note that is deleted meanwhile counts as none."""
     names = set(storage.names(storage.join(plan.output, "failures")))
     failed = [unit.unit_id for unit in plan.units if f"{unit.unit_id}.json" in names]
-    texts = storage.in_threads(lambda unit_id: storage.read_text(_failure_url(plan, unit_id)), failed)
-    return {unit_id: RejectedFile(**json.loads(text)) for unit_id, text in zip(failed, texts, strict=True)}
+    notes = storage.in_threads(lambda unit_id: _read_failure(plan, unit_id), failed)
+    return {unit_id: note for unit_id, note in zip(failed, notes, strict=True) if note is not None}
 
 
-def delete_failure(plan: Plan, unit_id: str) -> None:
-    """Delete the note of a unit that is done after all."""
-    storage.delete(_failure_url(plan, unit_id))
+def _read_failure(plan: Plan, unit_id: str) -> RejectedFile | None:
+    try:
+        return RejectedFile(**json.loads(storage.read_text(_failure_url(plan, unit_id))))
+    except FileNotFoundError:
+        return None
 
 
 def _failure_url(plan: Plan, unit_id: str) -> str:

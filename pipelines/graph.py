@@ -8,16 +8,22 @@ streams merge, only the last leaf runs, `finish_bundle` outputs are dropped), so
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.annotate import AnnotatedBlock, Block, OpenEngine, SupportsAnnotate, annotate
+from pipelines import poison
+from pipelines.annotate import AnnotatedBlock, Block, OpenEngine, SupportsAnnotate, SupportsPrompts, annotate
+from pipelines.batch_api import BatchPrompts
+from pipelines.cache import close_caches, open_cache
 from pipelines.commit import commit, has_receipt, write_failure
 from pipelines.prompts import Prompts
 from pipelines.quiet_beam import beam
 from pipelines.read import read_unit
-from schemas.errors import CheckpointError, EnvironmentMismatch, SchemaMismatch
+from pipelines.stop import Stop, may_begin, note_pace
+from pipelines.watch import watched
+from schemas.annotations import REQUEST
+from schemas.errors import CheckpointError, EnvironmentMismatch, K2Error, RowError, SchemaMismatch
 from schemas.runs import Plan, Unit
 
 
@@ -27,7 +33,8 @@ class _Provider:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.engines: dict[tuple[object, ...], SupportsAnnotate] = {}
-        self.prompts: dict[tuple[object, ...], Prompts] = {}
+        self.prompts: dict[tuple[object, ...], SupportsPrompts] = {}
+        self.proven: set[int] = set()
         self.errors: list[Exception] = []
 
 
@@ -43,7 +50,7 @@ def open_model(plan: Plan) -> SupportsAnnotate:
     return Engine.open(plan.checkpoint, precision=plan.precision, router_thresholds=plan.router_thresholds)
 
 
-def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnnotate, Prompts]:
+def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnnotate, SupportsPrompts]:
     """Return this process's engine for `plan` and the prompts of its tasks, opened at first use.
 
     Raises: CheckpointError if the checkpoint is not the one that was planned.
@@ -61,11 +68,35 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
             )
         prompts = _PROVIDER.prompts.get(prompts_key)
         if prompts is None:
-            limit = min(plan.max_prompt_tokens, engine.max_position_embeddings)
-            prompts = Prompts(plan.tasks, engine.tokenizer, limit)
-            prompts.calibrate(engine)
-            _PROVIDER.prompts[prompts_key] = prompts
+            prompts = _PROVIDER.prompts[prompts_key] = _open_prompts(plan, engine)
         return engine, prompts
+
+
+def _open_prompts(plan: Plan, engine: SupportsAnnotate) -> SupportsPrompts:
+    limit = min(plan.max_prompt_tokens, engine.max_position_embeddings)
+    if plan.tasks[0].kind == REQUEST:
+        return BatchPrompts(plan.tasks[0], engine.tokenizer, limit)
+    prompts = Prompts(plan.tasks, engine.tokenizer, limit)
+    prompts.calibrate(engine)
+    return prompts
+
+
+def prove(engine: SupportsAnnotate, prompts: SupportsPrompts, stall_seconds: float) -> None:
+    """Have a plain ticket computed, once for each engine, before a unit that may have killed a process gets another.
+
+    Where this ends the process, or raises, no unit is to blame.
+
+    Raises: K2Error if it cannot be computed.
+    """
+    with _PROVIDER.lock:
+        if id(engine) in _PROVIDER.proven:
+            return
+        with suppress(RowError), watched(engine, stall_seconds, lambda cause: None):
+            for completion in engine.submit(prompts.requests("N/A")).result():
+                if completion.error:
+                    what = f"the model cannot compute even a plain ticket: {completion.error}"
+                    raise K2Error(what, remedy="run `k2batch doctor`")
+        _PROVIDER.proven.add(id(engine))
 
 
 def close_engines() -> None:
@@ -78,6 +109,8 @@ def close_engines() -> None:
                     close()
         _PROVIDER.engines.clear()
         _PROVIDER.prompts.clear()
+        _PROVIDER.proven.clear()
+    close_caches()
 
 
 def take_error() -> Exception | None:
@@ -87,27 +120,46 @@ def take_error() -> Exception | None:
     return error
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flow:
+    """What every step knows."""
+
+    plan: Plan
+    """Without its units: they travel as elements, and a copy of all in every step would only be pickled."""
+    open_engine: OpenEngine = open_model
+    keep_errors: bool = False
+    """For a runner in the process that asks: an error is kept for `take_error` and the elements that follow are
+    dropped. Beam's local runner would hand a raised one on as text, its type lost, and its threads would go on to print
+    tracebacks of their own about a server that is gone."""
+    stop: Stop | None = None
+    """Says when no further unit is begun."""
+    is_careful: bool = False
+    """Whether this is a round of suspects."""
+    stall_seconds: float = 0.0
+    """A process that computes nothing for so long ends itself; 0 for never."""
+
+
+# Of suspects, one alone is read, computed or written at a time in a process, so that its end tells which.
+_ALONE = threading.Lock()
+
+
 class _Step(beam.DoFn):
-    """A step that sends each element to at most one element.
+    """A step that sends each element to at most one element."""
 
-    With `keep_errors`, for a runner in the driver's own process, an error is kept for `take_error` and the elements
-    that follow are dropped. Beam's local runner would hand a raised one on as text, its type lost, and its threads
-    would go on to print tracebacks of their own about a server that is gone.
-    """
-
-    def __init__(self, plan: Plan, keep_errors: bool) -> None:
-        # Units travel as elements; a copy of all of them in every step would only be pickled.
-        self.plan = replace(plan, units=())
-        self.keep_errors = keep_errors
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
 
     def process(self, element: Any) -> Iterator[Any]:
         """Yield what `apply` returns."""
-        if self.keep_errors and _PROVIDER.errors:
+        if self.flow.keep_errors and _PROVIDER.errors:
             return
         try:
-            result = self.apply(element)
+            with _ALONE if self.flow.is_careful else nullcontext():
+                result = self.apply(element)
         except Exception as error:
-            if not self.keep_errors:
+            unit = element if isinstance(element, Unit) else element.unit
+            poison.let_go(self.flow.plan, unit.unit_id)
+            if not self.flow.keep_errors:
                 raise
             _PROVIDER.errors.append(error)
             return
@@ -122,33 +174,55 @@ class _Step(beam.DoFn):
 @beam.typehints.with_input_types(Unit)
 @beam.typehints.with_output_types(Block)
 class ReadUnit(_Step):
-    """Unit to its rows; nothing for a unit that is done already, or whose input cannot be read (which is noted)."""
+    """Unit to its rows; nothing for one that is done, may not be begun now, or cannot be read (which is noted)."""
 
     def apply(self, element: Unit) -> Block | None:
         """Return the unit's rows."""
+        flow = self.flow
+        if not may_begin(flow.stop, element) or has_receipt(flow.plan, element):
+            return None
+        # Opened before the unit is begun: if that ends the process, the unit is not to blame.
+        engine, prompts = engine_and_prompts(flow.plan, flow.open_engine)
+        if not may_begin(flow.stop, element):  # that may have taken minutes
+            return None
+        attempts = poison.look(flow.plan, element.unit_id)
+        if attempts.deaths > 1 or attempts.suspect:
+            prove(engine, prompts, flow.stall_seconds)
+        if not poison.begin(flow.plan, element, attempts, is_careful=flow.is_careful):
+            return None
         started = time.perf_counter()
-        if has_receipt(self.plan, element):
-            return None
         try:
-            return Block(element, read_unit(element), started)
+            table = read_unit(element)
         except SchemaMismatch as error:
-            write_failure(self.plan, element, error)
+            write_failure(flow.plan, element, error)
+            poison.forget(flow.plan, element.unit_id)
             return None
+        if flow.is_careful:
+            poison.let_go(flow.plan, element.unit_id)
+        return Block(element, table, started, attempts.begun)
 
 
 @beam.typehints.with_input_types(Block)
 @beam.typehints.with_output_types(AnnotatedBlock)
 class AnnotateBlock(_Step):
-    """Rows to annotated rows."""
+    """Rows to annotated rows; nothing for those that fail as no row may, which makes their unit a suspect."""
 
-    def __init__(self, plan: Plan, keep_errors: bool, open_engine: OpenEngine) -> None:
-        super().__init__(plan, keep_errors)
-        self.open_engine = open_engine
-
-    def apply(self, element: Block) -> AnnotatedBlock:
+    def apply(self, element: Block) -> AnnotatedBlock | None:
         """Return the rows with the added columns."""
-        engine, prompts = engine_and_prompts(self.plan, self.open_engine)
-        return annotate(element, self.plan, prompts, engine)
+        plan, stall_seconds = self.flow.plan, self.flow.stall_seconds
+        engine, prompts = engine_and_prompts(plan, self.flow.open_engine)
+        if self.flow.is_careful:
+            known = poison.search(plan, element, prompts, engine, stall_seconds)
+            return annotate(element, plan, known, known, open_cache(plan))
+        unit_id = element.unit.unit_id
+        try:
+            with watched(engine, stall_seconds, lambda cause: poison.suspect(plan, unit_id, cause)):
+                return annotate(element, plan, prompts, engine, open_cache(plan))
+        except (K2Error, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust code, such as the tokenizer's, is no Exception
+            poison.suspect(plan, unit_id, f"{type(error).__name__}: {error}")
+            return None
 
 
 @beam.typehints.with_input_types(AnnotatedBlock)
@@ -158,37 +232,38 @@ class CommitBlock(_Step):
 
     def apply(self, element: AnnotatedBlock) -> str:
         """Return the receipt."""
-        return commit(element, self.plan).to_json()
+        flow, unit = self.flow, element.unit
+        with poison.writing(flow.plan, unit.unit_id, is_careful=flow.is_careful):
+            receipt = commit(element, flow.plan)
+        if flow.stop is not None:
+            note_pace(flow.stop, unit, receipt.seconds)
+        return receipt.to_json()
 
 
 class AnnotateUnits(beam.PTransform[Any, Any]):
     """Units to receipts (JSON): read, annotate, commit, fused."""
 
-    def __init__(self, plan: Plan, open_engine: OpenEngine = open_model, *, keep_errors: bool = False) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__()
-        self.plan = plan
-        self.open_engine = open_engine
-        self.keep_errors = keep_errors
+        self.flow = flow
 
     def expand(self, pcoll: Any) -> Any:
         """Return the receipts of the units `pcoll`."""
         return (
             pcoll
-            | "Read" >> beam.ParDo(ReadUnit(self.plan, self.keep_errors))
-            | "Annotate" >> beam.ParDo(AnnotateBlock(self.plan, self.keep_errors, self.open_engine))
-            | "Commit" >> beam.ParDo(CommitBlock(self.plan, self.keep_errors))
+            | "Read" >> beam.ParDo(ReadUnit(self.flow))
+            | "Annotate" >> beam.ParDo(AnnotateBlock(self.flow))
+            | "Commit" >> beam.ParDo(CommitBlock(self.flow))
         )
 
 
-def build(
-    pipeline: beam.Pipeline, plan: Plan, units: Sequence[Unit], open_engine: OpenEngine, *, keep_errors: bool = False
-) -> None:
-    """Add the whole graph to `pipeline`."""
+def build(pipeline: beam.Pipeline, flow: Flow, units: Sequence[Unit]) -> None:
+    """Add the whole graph over `units` to `pipeline`."""
     receipts = (
         pipeline
         | "Units" >> beam.Create(list(units), reshuffle=False)
         | "Spread" >> beam.Reshuffle()
-        | "AnnotateUnits" >> AnnotateUnits(plan, open_engine, keep_errors=keep_errors)
+        | "AnnotateUnits" >> AnnotateUnits(replace(flow, plan=replace(flow.plan, units=())))
     )
     del receipts  # durable already; progress and totals are read from storage
 

@@ -70,7 +70,7 @@ _CONTENT_FREE = ("N/A", "[MASK]", "")
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """Everything of a request but the ticket."""
 
     before: list[int]
@@ -131,9 +131,9 @@ class Prompts:
             remedy = "rename the label that begins with another label and its answer"
             raise SpecError(f"tasks {names}: their labels cannot be told apart: {error}", remedy=remedy) from error
         before, after = self._surroundings(tasks)
-        self._frames = [_Frame(before, [*after, *self._cue(task)], task=task) for task in self._generated]
+        self._frames = [Frame(before, [*after, *self._cue(task)], task=task) for task in self._generated]
         if self._scored:
-            self._frames.insert(0, _Frame(before, after, self._candidates))
+            self._frames.insert(0, Frame(before, after, self._candidates))
         self._prior = [0.0] * len(self._candidates)
         """What is subtracted from each candidate's log-probability."""
 

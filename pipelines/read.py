@@ -20,40 +20,51 @@ def read_unit(unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
     Raises: SchemaMismatch if the file is gone, is not the file that was planned, or cannot be decoded; StorageError.
     """
     try:
-        found = storage.etag(unit.url)
-        if found != unit.etag:
-            raise SchemaMismatch(
-                f"{unit.url}: changed since the plan was made (etag {found}, planned {unit.etag})",
-                remedy="run the job again: a changed file makes a new plan",
-            )
         with storage.open_read(unit.url) as file:
-            return storage.retried(f"read {unit.url}", lambda: _decode(unit, file, columns))
+            table, problem = _decode(unit, file, columns)
+        # Asked after the rows are in: a file that was replaced before or meanwhile cannot have passed.
+        found = storage.etag(unit.url)
     except FileNotFoundError as error:
         raise SchemaMismatch(
             f"{unit.url}: gone since the plan was made", remedy="put it back, or run the job again without it"
         ) from error
+    if found != unit.etag:
+        raise SchemaMismatch(
+            f"{unit.url}: changed since the plan was made (etag {found}, planned {unit.etag})",
+            remedy="run the job again: a changed file makes a new plan",
+        )
+    if problem is not None:
+        raise problem
+    return table
 
 
-def _decode(unit: Unit, file: BinaryIO, columns: Sequence[str] | None) -> pa.Table:
+def _decode(
+    unit: Unit, file: BinaryIO, columns: Sequence[str] | None
+) -> tuple[pa.Table, None] | tuple[None, SchemaMismatch]:
+    """Return the rows, or what is wrong with the file, if it still is the planned one."""
     first, last = unit.row_groups
     try:
-        file.seek(0)
-        parquet = pq.ParquetFile(file)
+        # Pre-buffered: neighbouring column chunks come in one request, not in one each.
+        parquet = pq.ParquetFile(file, pre_buffer=True)
         if parquet.metadata.num_row_groups < last:
-            raise SchemaMismatch(f"{unit.url}: has {parquet.metadata.num_row_groups} row groups, planned {last}")
+            groups = parquet.metadata.num_row_groups
+            return None, SchemaMismatch(f"{unit.url}: has {groups} row groups, planned {last}")
         planned = range(first, last)
         if sum(parquet.metadata.row_group(index).num_rows for index in planned) == unit.rows:
             table = parquet.read_row_groups(list(planned), columns)
         else:
             table = _read_slice(parquet, unit, columns)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and not _is_decoding(error):
-            raise
+        # pyarrow's word for a damaged page; what the store has to say comes as a StorageError.
         where = f"{unit.url} row groups {first} to {last - 1}"
-        raise SchemaMismatch(f"{where}: cannot be decoded: {error}", remedy="write the file again") from error
+        problem = SchemaMismatch(f"{where}: cannot be decoded: {error}", remedy="write the file again")
+        problem.__cause__ = error
+        return None, problem
     if table.num_rows != unit.rows:
-        raise SchemaMismatch(f"{unit.url}: unit {unit.unit_id} has {table.num_rows} rows, planned {unit.rows}")
-    return table
+        return None, SchemaMismatch(f"{unit.url}: unit {unit.unit_id} has {table.num_rows} rows, planned {unit.rows}")
+    return table, None
 
 
 def _read_slice(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str] | None) -> pa.Table:
@@ -70,8 +81,3 @@ def _read_slice(parquet: pq.ParquetFile, unit: Unit, columns: Sequence[str] | No
         if not wanted:
             break
     return pa.Table.from_batches(batches)
-
-
-def _is_decoding(error: OSError) -> bool:
-    """Return whether pyarrow, not the store, raised: its OSErrors for damaged pages carry no errno."""
-    return type(error) is OSError and error.errno is None

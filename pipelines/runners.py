@@ -1,28 +1,31 @@
 """Where the graph runs: `local` (threads of this process), `dask` (worker processes), `portable` (any other runner)."""
 
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import cast
 
 from pipelines import graph
 from pipelines.annotate import OpenEngine
-from pipelines.graph import open_model
+from pipelines.cluster import BUNDLE_THREADS, Say, run_dask
+from pipelines.graph import Flow, open_model
 from pipelines.quiet_beam import beam
+from pipelines.stop import Stop, is_over
+from pipelines.supervise import run_child, until_done
+from pipelines.watch import STALL_SECONDS
+from schemas import errors
 from schemas.errors import EnvironmentMismatch, K2Error, SpecError
 from schemas.runs import Plan, Unit
 
 RUNNERS = ("local", "dask", "portable")
 
-BUNDLE_THREADS = 3
-"""Units under way at once per engine: while one computes, others read and write. Measured on a unit of 0.15 s reading
-and 0.15 s writing: the engine is busy 50 % of the time with 1, 87 % with 2, 91 % with 3."""
+ROUND_UNITS = 10_000
+"""Units of one pipeline. Beam's local runner holds 5 kB for each; a job that is sent elsewhere carries them all."""
 
-_RETRIES = 2
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_LOG_VARIABLE = "DASK_LOGGING__DISTRIBUTED"
+_CONNECT_S = 10
+_OURS = re.compile(r"\bschemas\.errors\.(\w+): (.*?)(?: \[while running .*)?$", re.MULTILINE)
 
 
 def run_units(
@@ -33,33 +36,57 @@ def run_units(
     workers: int = 1,
     options: Sequence[str] = (),
     open_engine: OpenEngine | None = None,
-) -> None:
-    """Annotate `units` and commit each; return when the runner is done.
+    dask_address: str = "",
+    say: Say = lambda line: None,
+    stop: Stop | None = None,
+    stall_seconds: float = STALL_SECONDS,
+) -> int:
+    """Annotate `units` and commit each; return how many processes died on the way.
 
-    A unit whose input cannot be read is noted and left without a receipt; any other error ends the run.
+    A unit whose input cannot be read is noted and left without a receipt, and a row that kills or stops its process is
+    rejected; any other error ends the run.
 
     Args:
         plan: the plan that the units belong to, written already.
         units: the units to do; those that have a receipt by then are skipped.
         runner: one of `RUNNERS`.
-        workers: worker processes, for `dask`.
-        options: Beam pipeline options, such as `--direct_num_workers=4` or `--dask_client_address=tcp://...`.
+        workers: worker processes, for `dask` without an address.
+        options: Beam pipeline options, such as `--direct_num_workers=4`.
         open_engine: opens the model in a worker; an importable function.
+        dask_address: of the user's own cluster, such as `tcp://host:8786`, for `dask`.
+        say: takes a line when there is something to wait for.
+        stop: says when no further unit is begun; None to do all.
+        stall_seconds: after which a process that computes nothing is ended, on `local` and `dask`; 0 for never.
 
     Raises: the K2Error of the step that failed; EnvironmentMismatch if the runner cannot start.
     """
     if runner not in RUNNERS:
         raise SpecError(f'runner is "{runner}", expected one of: {", ".join(RUNNERS)}')
     if not units:
-        return  # an empty graph has no partition to run on Dask
-    build = partial(graph.build, plan=plan, units=units, open_engine=open_engine or open_model)
-    try:
+        return 0  # an empty graph has no partition to run on Dask
+    flow = Flow(plan=plan, open_engine=open_engine or open_model, stop=stop, stall_seconds=stall_seconds)
+
+    def once(units: Sequence[Unit], is_careful: bool) -> str | None:
+        now = replace(flow, is_careful=is_careful)
         if runner == "local":
-            _run_local(build, options)
-        elif runner == "dask":
-            _run_dask(build, options, workers, len(units))
-        else:
-            _run_portable(build, options)
+            return _run_local(now, units, options)
+        if runner == "dask":
+            build = partial(graph.build, flow=now)
+            return run_dask(
+                build,
+                plan,
+                units,
+                options=options,
+                workers=workers,
+                address=dask_address,
+                say=say,
+                is_over=lambda: stop is not None and is_over(stop),
+            )
+        _run_portable(replace(now, stall_seconds=0), units, options)
+        return None
+
+    try:
+        return until_done(plan, units, once, say)
     except Exception as error:
         known = _find_k2(error)
         if known is None or known is error:
@@ -75,106 +102,82 @@ def _find_k2(error: BaseException | None) -> K2Error | None:
     return None
 
 
-def _run_local(build: Callable[..., None], options: Sequence[str]) -> None:
-    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-
+def _run_local(flow: Flow, units: Sequence[Unit], options: Sequence[str]) -> str | None:
     if any(option.startswith("--direct_running_mode") for option in options):
         raise SpecError(
-            "runner local runs in threads of this process; --direct_running_mode is not among its options",
+            "runner local runs in threads of one process; --direct_running_mode is not among its options",
             remedy='for several processes, use runner = "dask"',
         )
+    return run_child(partial(_local_graph, replace(flow, keep_errors=True), tuple(units), tuple(options)))
+
+
+def _local_graph(flow: Flow, units: Sequence[Unit], options: Sequence[str]) -> None:
+    """Run the graph in threads of this process, over some of the units after the other, with the same engine."""
+    from apache_beam.runners.portability.fn_api_runner import worker_handlers
+    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+    # Every second, Beam sends on what a step has written by then, from another thread: half an element, too, whose rest
+    # is then decoded as nonsense. Seen with 40,000 units, of which it made 21 GB. So: never. No option says it.
+    worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 10**9
     flags = ["--direct_running_mode=multi_threading", f"--direct_num_workers={BUNDLE_THREADS}", *options]
     # Named, never Beam's default runner: that one first tries to download a binary.
-    pipeline = beam.Pipeline(runner=FnApiRunner(), options=beam.options.pipeline_options.PipelineOptions(flags))
-    build(pipeline, keep_errors=True)
-    graph.take_error()  # one that an interrupted run left behind
     try:
-        pipeline.run().wait_until_finish()
+        for some in _rounds(units, flow.stop):
+            pipeline = beam.Pipeline(runner=FnApiRunner(), options=beam.options.pipeline_options.PipelineOptions(flags))
+            graph.build(pipeline, flow, some)
+            pipeline.run().wait_until_finish()
+            error = graph.take_error()
+            if error is not None:
+                raise error
     finally:
         graph.close_engines()
-    error = graph.take_error()
-    if error is not None:
-        raise error
 
 
-def _run_portable(build: Callable[..., None], options: Sequence[str]) -> None:
+def _rounds(units: Sequence[Unit], stop: Stop | None) -> Iterator[Sequence[Unit]]:
+    """Yield the units, at most `ROUND_UNITS` at once, until none may be begun any more."""
+    for start in range(0, len(units), ROUND_UNITS):
+        if stop is not None and is_over(stop):
+            return
+        yield units[start : start + ROUND_UNITS]
+
+
+def _run_portable(flow: Flow, units: Sequence[Unit], options: Sequence[str]) -> None:
     names = [option.partition("=")[2] for option in options if option.startswith("--runner=")]
     if not names or names[-1].lower() in ("directrunner", "switchingdirectrunner"):
         raise SpecError(
             "runner portable needs --runner=<name> among [deploy] options",
             remedy='for one machine, use runner = "local"',
         )
-    pipeline = beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options)))
-    build(pipeline)
-    pipeline.run().wait_until_finish()
-
-
-def _run_dask(build: Callable[..., None], options: Sequence[str], workers: int, num_units: int) -> None:
+    for option in options:
+        if option.startswith("--job_endpoint="):
+            _look_for_job_service(option.partition("=")[2])
     try:
-        from apache_beam.runners.dask.dask_runner import DaskRunner
-        from dask.base import annotate
-    except ImportError as error:
-        raise EnvironmentMismatch(f"runner dask: {error}", remedy="pip install 'apache-beam[dask]'") from error
-
-    given = [option for option in options if option.startswith("--dask_client_address=")]
-    with _given_cluster(given[-1]) if given else _local_cluster(workers) as address:
-        # One task per unit: the scheduler balances them as they end.
-        flags = [*options, f"--dask_client_address={address}", f"--dask_npartitions={num_units}"]
-        pipeline = beam.Pipeline(runner=DaskRunner(), options=beam.options.pipeline_options.PipelineOptions(flags))
-        build(pipeline)
-        graph.refuse_unsafe(pipeline)
-        with annotate(retries=_RETRIES):
-            result: Any = pipeline.run()
-        try:
-            result.wait_until_finish()
-        finally:
-            # The runner never closes its client, which then tries to reconnect for 30 s at exit.
-            result.client.close()
+        for some in _rounds(units, flow.stop):
+            pipeline = beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options)))
+            graph.build(pipeline, flow, some)
+            pipeline.run().wait_until_finish()
+    except Exception as error:
+        raise _told(error, names[-1]) from error
 
 
-@contextmanager
-def _given_cluster(option: str) -> Iterator[str]:
-    """Yield the address of a cluster of the user's; its workers give the engines back afterwards."""
-    from distributed import Client
-
-    address = option.partition("=")[2]
+def _look_for_job_service(endpoint: str) -> None:
+    """Raise EnvironmentMismatch, within seconds, where nothing listens; Beam waits for minutes."""
+    host, _, port = endpoint.rpartition(":")
     try:
-        yield address
-    finally:
-        with Client(address, set_as_default=False) as client:
-            client.run(graph.close_engines)
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        remedy = "is the job service running there? the address is host:port"
+        raise EnvironmentMismatch(f"--job_endpoint={endpoint}: {error}", remedy=remedy) from error
 
 
-@contextmanager
-def _local_cluster(workers: int) -> Iterator[str]:
-    """Yield the address of a cluster of `workers` processes on this machine, which share its cores."""
-    from distributed import LocalCluster
-
-    # Importing distributed sets its loggers to INFO, here and in each worker; at ERROR a worker still prints every
-    # failed unit's traceback, three times for its retries. What ends a run is raised by the driver, once.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    wanted = {**dict.fromkeys(_THREAD_VARIABLES, threads), _LOG_VARIABLE: "critical"}
-    before = dict(os.environ)
-    # Dask sets the number of threads to 1, and more, in the driver's own environment before it spawns a worker, unless
-    # it is set: so it is set here for the workers, and all is put back for the driver.
-    os.environ.update({name: before.get(name, value) for name, value in wanted.items()})
-    cluster = None
-    try:
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=BUNDLE_THREADS,
-            processes=True,
-            # Memory is the engine's, not Dask's: spilling cannot free it, and pausing at 80 % would stall the run.
-            memory_limit=0,
-            dashboard_address=None,
-            preload=["pipelines.quiet_beam"],
-            silence_logs=logging.CRITICAL,
-        )
-        yield cluster.scheduler_address
-    finally:
-        if cluster is not None:
-            cluster.close()
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
+def _told(error: Exception, runner: str) -> K2Error:
+    """Return what another runner's error says: it hands a worker's on as text, which ends with its kind and message."""
+    text = str(error)
+    if isinstance(error, K2Error):
+        return error
+    if found := _OURS.findall(text):
+        name, message = found[-1]
+        return cast(type[K2Error], getattr(errors, name, K2Error))(message)
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    remedy = "the log of the runner says more; after that, running the same job again resumes"
+    return EnvironmentMismatch(f"{runner}: {type(error).__name__}: {last}", remedy=remedy)

@@ -29,6 +29,8 @@ class InputFile:
     """Rows of each row group; empty for a file that cannot be read."""
     problems: tuple[tuple[str, str], ...]
     """Every way the file breaks the contract, as (file error code, message)."""
+    text_bytes: tuple[int, ...] = ()
+    """Of the text columns in each row group, uncompressed."""
 
 
 def make_plan(
@@ -47,6 +49,7 @@ def make_plan(
     max_prompt_tokens: int = 2048,
     unit_rows: int = 2048,
     on_bad_file: str = "reject",
+    uses_cache: bool = False,
 ) -> Plan:
     """Return the plan of a run: its identity, its units by file then position, and the files it cannot use.
 
@@ -65,6 +68,7 @@ def make_plan(
         max_prompt_tokens: a longer prompt is rejected.
         unit_rows: most rows of one unit.
         on_bad_file: `reject` leaves a bad file out and goes on; `fail` refuses to plan.
+        uses_cache: whether answers of earlier runs under `output` are taken.
 
     Raises: SpecError if a URL matches nothing; SchemaMismatch if a file is bad and must not be, or all are;
         StorageError.
@@ -104,6 +108,7 @@ def make_plan(
         router_thresholds=tuple(router_thresholds),
         prefix=prefix,
         max_prompt_tokens=max_prompt_tokens,
+        uses_cache=uses_cache,
         units=tuple(unit for file in files if not file.problems for unit in cut(file, unit_rows)),
         rejected_files=rejected,
         files=len(files),
@@ -117,7 +122,7 @@ def inspect_file(url: str, columns: TicketColumns, added: Iterable[str]) -> Inpu
     """
     try:
         etag = storage.etag(url)
-        schema, row_groups = _read_footer(url)
+        schema, row_groups, text_bytes = _read_footer(url, columns.text)
     except FileNotFoundError as error:
         raise StorageError(f"{url}: was listed but is gone", remedy="run again once the input is stable") from error
     except (pa.ArrowException, OSError) as error:
@@ -130,11 +135,11 @@ def inspect_file(url: str, columns: TicketColumns, added: Iterable[str]) -> Inpu
         if name in schema.names
     ]
     problems = (*differences(schema, columns), *clashes)
-    return InputFile(url=url, etag=etag, row_groups=row_groups, problems=problems)
+    return InputFile(url=url, etag=etag, row_groups=row_groups, problems=problems, text_bytes=text_bytes)
 
 
-def _read_footer(url: str) -> tuple[pa.Schema, tuple[int, ...]]:
-    """Return the schema and the rows of each row group.
+def _read_footer(url: str, names: Sequence[str]) -> tuple[pa.Schema, tuple[int, ...], tuple[int, ...]]:
+    """Return the schema, and of each row group the rows and the uncompressed bytes of the columns `names`.
 
     The footer is fetched, then parsed in memory, so that a broken file is told from a broken store.
     """
@@ -145,7 +150,10 @@ def _read_footer(url: str) -> tuple[pa.Schema, tuple[int, ...]]:
             tail = storage.read_tail(url, size)
     footer = pq.ParquetFile(pa.BufferReader(tail))
     metadata = footer.metadata
-    return footer.schema_arrow, tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    texts = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in names]
+    text_bytes = tuple(sum(group.column(index).total_uncompressed_size for index in texts) for group in groups)
+    return footer.schema_arrow, tuple(group.num_rows for group in groups), text_bytes
 
 
 def cut(file: InputFile, unit_rows: int) -> Iterator[Unit]:
@@ -171,6 +179,7 @@ def cut(file: InputFile, unit_rows: int) -> Iterator[Unit]:
 
 def _unit(file: InputFile, row_groups: tuple[int, int], skip: int, rows: int, first_row: int) -> Unit:
     name = "|".join(str(part) for part in (file.url, file.etag, *row_groups, skip, rows))
+    whole = slice(*row_groups)
     return Unit(
         unit_id=digest(name),
         url=file.url,
@@ -179,6 +188,7 @@ def _unit(file: InputFile, row_groups: tuple[int, int], skip: int, rows: int, fi
         skip=skip,
         rows=rows,
         first_row=first_row,
+        text_bytes=sum(file.text_bytes[whole]) * rows // sum(file.row_groups[whole]),
     )
 
 

@@ -37,6 +37,12 @@ TASK_FIELDS: dict[str, tuple[pa.Field, ...]] = {
     "generate": (pa.field("text", pa.string()), pa.field("finish_reason", pa.string())),
 }
 
+REQUEST = "request"
+"""The kind of a batch file's one task, which no job file has: each row is a request of its own."""
+
+REQUEST_FIELD = pa.field("text", pa.string())
+"""JSON of what was written or scored."""
+
 JSON_FIELD = pa.field("json", pa.string())
 SAMPLES_FIELD = pa.field("samples", pa.list_(pa.string()))
 
@@ -51,13 +57,14 @@ ROW_FIELDS: tuple[pa.Field, ...] = (
     pa.field("usage", USAGE),
     pa.field("route", pa.string()),
 )
-"""`prompt_hash` names the exact token ids asked; `route` is `large` (computed) or `duplicate` (the same prompt, asked
-once in this unit); `usage.cached_tokens` counts the instructions, and a duplicate's whole prompt."""
+"""`prompt_hash` names the exact token ids asked; `route` is `large` (computed), `cache` (the answer of an earlier
+run) or `duplicate` (the same prompt, asked once in this unit); `usage.cached_tokens` counts the instructions, and the
+whole prompt where nothing was computed. These two tell how an answer came about; the others are the same however."""
 
 
 def task_columns(task: Task, prefix: str) -> list[pa.Field]:
     """Return the fields that `task` adds."""
-    fields = [*TASK_FIELDS[task.kind]]
+    fields = [REQUEST_FIELD] if task.kind == REQUEST else [*TASK_FIELDS[task.kind]]
     if task.json_schema:
         fields.append(JSON_FIELD)
     if task.samples > 1:

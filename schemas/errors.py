@@ -92,13 +92,34 @@ class PromptTooLong(RowError):
     code = "prompt_too_long"
 
 
+class BadRequest(RowError):
+    """A request of a batch file asks what cannot be done."""
+
+    code = "bad_request"
+
+    def __init__(self, message: str, *, param: str | None = None, reason: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        """What in the request is at fault, such as `messages[0].role`."""
+        self.reason = reason
+        """OpenAI's word for it, such as `missing_required_parameter`."""
+
+
 class EngineFailure(RowError):
     """Computing the row failed, alone too: out of memory, or a defect of k2batch."""
 
     code = "engine_failure"
 
 
-ROW_ERROR_CODES = tuple(error.code for error in (NullText, BlankText, InvalidText, PromptTooLong, EngineFailure))
+class PoisonRow(RowError):
+    """Computing the row ended its process, or hung, again and again, alone too."""
+
+    code = "poison_row"
+
+
+ROW_ERROR_CODES = tuple(
+    error.code for error in (NullText, BlankText, InvalidText, PromptTooLong, BadRequest, EngineFailure, PoisonRow)
+)
 """The closed set of values of the `error_code` column."""
 
 FILE_ERROR_CODES = ("unreadable_file", "missing_column", "wrong_type", "name_collision")

@@ -1,19 +1,23 @@
-"""The records a run is made of: plan, unit, receipt, manifest. Each is JSON on storage and a frozen dataclass here.
+"""The records a run is made of: plan, unit, receipt, manifest: frozen dataclasses here, JSON on storage but for units.
 
 In `<output>/<run_id>/`:
 
-- `plan.json`: written once, before any work;
-- `data/part-<unit>-<attempt>.parquet`, `rejects/part-<unit>-<attempt>.parquet`: an attempt's rows;
+- `plan.json`, and its units in `units.parquet`: written once, before any work;
+- `data/part-<unit>-<digest>.parquet`, `rejects/part-<unit>-<digest>.parquet`: an attempt's rows;
+- `claims/part-<unit>-<digest>`: a receipt may name this file, so it is never deleted;
 - `receipts/<unit>.json`: written last, a unit is done when this exists;
+- `attempts/<unit>.json`: the unit is begun, or was and is not done; so a unit that kills its process is found;
+- `calls/<call>.json`: one for each call of `k2batch run` that had something to do: its time and how it ended;
 - `failures/<unit>.json`: the unit's input proved damaged, gone or changed after the plan;
-- `_manifest.json`: names exactly the files that count;
+- `_manifest.json`: names exactly the files that count; `_unfinished.json` does so before the run is complete;
 - `_SUCCESS`: every planned row is annotated or rejected, within the limits;
-- `report.html`: the same for people.
+- `report.html`: the same for people; `churn.json`: what changed since the run before.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from schemas.tickets import TicketColumns
@@ -84,6 +88,16 @@ class Unit:
     rows: int
     first_row: int
     """Row number in the file of the unit's first row, from 0."""
+    text_bytes: int = 0
+    """Of the text columns, uncompressed, as the footer tells: what the unit's work is estimated by."""
+
+
+def units_digest(units: Iterable[Unit]) -> str:
+    """Return 16 hex digits that name these units in this order; a unit's id names its file, etag and rows."""
+    names = hashlib.sha256()
+    for unit in units:
+        names.update(f"{unit.unit_id}\n".encode())
+    return names.hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +129,8 @@ class Plan:
     prefix: str
     """Written before every added column's name."""
     max_prompt_tokens: int
+    uses_cache: bool = False
+    """Whether answers of earlier runs under the same output are taken; says nothing about the result."""
     units: tuple[Unit, ...]
     rejected_files: tuple[RejectedFile, ...]
     files: int
@@ -126,19 +142,24 @@ class Plan:
         return sum(unit.rows for unit in self.units)
 
     def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        """Return the plan as JSON text, its units as their number, rows and digest."""
+        units = {"number": len(self.units), "rows": self.rows, "digest": units_digest(self.units)}
+        head = asdict(replace(self, units=())) | {"units": units}
+        return json.dumps(head, indent=1, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the plan that `to_json` wrote."""
+    def from_json(cls, text: str, units: tuple[Unit, ...]) -> Self:
+        """Return the plan that `to_json` wrote, with its units. Raises: ValueError if they are not its own."""
         raw = json.loads(text)
+        planned = (raw["units"]["number"], raw["units"]["digest"])
+        if planned != (len(units), units_digest(units)):
+            raise ValueError(f"its units are other ones: {len(units)} were found, {planned[0]} planned")
         columns = raw["columns"]
         raw["columns"] = TicketColumns(
             id=columns["id"], text=tuple(columns["text"]), optional=tuple(columns["optional"])
         )
         raw["tasks"] = tuple(Task.from_dict(task) for task in raw["tasks"])
-        raw["units"] = tuple(Unit(**{**unit, "row_groups": tuple(unit["row_groups"])}) for unit in raw["units"])
+        raw["units"] = units
         raw["rejected_files"] = tuple(RejectedFile(**file) for file in raw["rejected_files"])
         raw["router_thresholds"] = tuple(raw.get("router_thresholds", ()))
         return cls(**raw)
@@ -170,6 +191,11 @@ class Receipt:
     """Wall time of the unit, from read to commit; units overlap."""
     engine_busy: float = 0.0
     """Share of the time from the first prompt to the last answer in which the model computed, for any unit."""
+    rows_cached: int = 0
+    """Rows of route `cache`."""
+
+    attempts: int = 1
+    """Begun at the unit until one ended with this receipt."""
 
     def to_json(self) -> str:
         """Return the receipt as JSON text."""
@@ -188,6 +214,8 @@ class Manifest:
     run_id: str
     status: str
     """`complete`, `incomplete` (units or input files are missing) or `too_many_rejects`."""
+    outcome: str
+    """How the last call ended: the status, or what stopped it before that: `deadline`, `budget` or `stopped`."""
     rows_in: int
     rows_annotated: int
     rows_rejected: int
@@ -204,6 +232,9 @@ class Manifest:
     rejected_files: tuple[RejectedFile, ...]
     engine_busy: float = 0.0
     """The receipts' share, weighted by rows."""
+    rows_cached: int = 0
+    attempts: int = 0
+    """Begun at the units that are done: one each, and one more for each that ended without a receipt."""
 
     def to_json(self) -> str:
         """Return the manifest as JSON text."""

@@ -1,11 +1,14 @@
 """A job that needs no model: its file, its checkpoint and the engine that stands in."""
 
 import json
+import time
 from pathlib import Path
 
 import pyarrow as pa
 
-from schemas.runs import Plan
+from jobs.spec import JobSpec
+from pipelines.annotate import OpenEngine
+from schemas.runs import Manifest, Plan
 from tests.checkpoints import write_checkpoint
 from tests.fakes import FakeEngine, text_array, write_tickets
 
@@ -21,6 +24,33 @@ def peers_files(folder: Path) -> dict[str, str]:
     (folder / "tickets.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "labels.json").write_text(json.dumps({"a": 97, "b": 98, "c": 99}))
     return {"tickets": str(folder / "tickets.jsonl"), "labels": str(folder / "labels.json")}
+
+
+def run_here(spec: JobSpec, open_engine: OpenEngine = open_planned_engine) -> Manifest:
+    """Run the job without Beam and its process, which take a second: the same steps, called in turn."""
+    # Here, since the processes that annotate import this file, too.
+    from jobs.report import publish_report
+    from jobs.run import plan_job
+    from pipelines import graph
+    from pipelines.annotate import Block, annotate
+    from pipelines.cache import open_cache
+    from pipelines.cache_files import tidy
+    from pipelines.commit import commit, pending_units, write_plan
+    from pipelines.finalize import finalize
+    from pipelines.read import read_unit
+
+    plan = plan_job(spec)
+    write_plan(plan)
+    engine, prompts = graph.engine_and_prompts(plan, open_engine)
+    for unit in pending_units(plan):
+        block = Block(unit, read_unit(unit), time.perf_counter())
+        commit(annotate(block, plan, prompts, engine, open_cache(plan)), plan)
+    graph.close_engines()
+    manifest = finalize(plan, max_reject_rate=spec.max_reject_rate)
+    if plan.uses_cache:
+        tidy(plan, spec.cache_gb)
+    publish_report(plan, manifest)
+    return manifest
 
 
 def checkpoint(folder: Path) -> Path:

@@ -1,16 +1,15 @@
 """A job beside the labels people gave: the measures, by hand, and the whole verb."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import main
 from jobs.evaluate import Answers, as_text, evaluate, facts, measures, truth_columns
-from jobs.run import run
-from jobs.spec import load_spec
 from schemas.errors import SchemaMismatch, SpecError
 from tests.fake_jobs import checkpoint, open_planned_engine
 from tests.fakes import POLICY, REPLY, TOPICS, annotate_directly, fake_plan, read_output, tickets, write_tickets
@@ -57,31 +56,21 @@ def test_a_weight_is_as_many_rows() -> None:
 
 
 def test_columns_of_the_truth() -> None:
-    plan = fake_plan_of(tasks=(POLICY, TOPICS, REPLY))
-    assert truth_columns(plan, ["id", "policy", "topics"], []) == {"policy": "policy", "topics": "topics"}
-    assert truth_columns(plan, ["id", "policy"], []) == {"policy": "policy"}
-    assert truth_columns(plan, ["id", "gold"], ["policy=gold"]) == {"policy": "gold"}
-    alone = fake_plan_of(tasks=(POLICY, REPLY))
+    tasks = (POLICY, TOPICS, REPLY)
+    assert truth_columns(tasks, ["id", "policy", "topics"], []) == {"policy": "policy", "topics": "topics"}
+    assert truth_columns(tasks, ["id", "policy"], []) == {"policy": "policy"}
+    assert truth_columns(tasks, ["id", "gold"], ["policy=gold"]) == {"policy": "gold"}
+    alone = (POLICY, REPLY)
     assert truth_columns(alone, ["label", "body"], []) == {"policy": "label"}
     assert truth_columns(alone, ["gold"], ["gold"]) == {"policy": "gold"}
-    for tasks, names, given, message in (
+    for some, names, given, message in (
         ((POLICY, TOPICS), ["gold"], ["gold"], "TASK=COLUMN"),
         ((POLICY, TOPICS), ["label"], [], "no column named policy or topics"),
         ((POLICY,), ["a"], ["policy=b"], 'no column "b"'),
         ((REPLY,), ["label"], [], "no task with labels"),
     ):
         with pytest.raises(SpecError, match=message):
-            truth_columns(fake_plan_of(tasks=tasks), names, given)
-
-
-def fake_plan_of(tasks: Any) -> Any:
-    from dataclasses import dataclass
-
-    @dataclass
-    class Tasks:
-        tasks: Any
-
-    return Tasks(tasks)
+            truth_columns(some, names, given)
 
 
 class Labelled:
@@ -162,7 +151,7 @@ def test_odd_truths_are_named(values: pa.Array, message: str, tmp_path: Path) ->
         evaluate(run_.plan, run_.manifest, columns={"polcy": "gold"})
 
 
-def test_the_files_of_the_truth_are_the_input(tmp_path: Path) -> None:
+def test_the_files_of_the_truth_are_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tickets(12).append_column("policy", pa.array(["safe", "spam"] * 6))
     write_tickets(tmp_path / "truth", "t.parquet", table)
     path = tmp_path / "job.toml"
@@ -185,10 +174,9 @@ labels = {{ "safe" = "ordinary talk", "spam" = "adverts" }}
 """,
         encoding="utf-8",
     )
-    spec = load_spec(str(path), {"input": {"urls": [str(tmp_path / "truth") + "/"]}})
-    summary, manifest = run(spec, open_engine=open_planned_engine)
-    from pipelines.commit import read_plan
-
-    (quality,) = evaluate(read_plan(summary.output), manifest, columns={"policy": "policy"})
-    assert quality.rows == 12
-    assert pq.read_table(Path(summary.output) / "data").num_rows == 12
+    words = ["eval", str(path), "--truth", f"{tmp_path}/truth/", "--json"]
+    assert main(words, open_engine=open_planned_engine) == 0
+    (quality,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert (quality["task"], quality["column"], quality["rows"]) == ("policy", "policy", 12)
+    wrong = main(["eval", str(path), "--truth", str(tmp_path / "truth"), "--column", "polcy=policy"])
+    assert wrong == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jobs.report import CLIP, clip, read_manifest, report, text_report
+from jobs.report import CLIP, clip, read_manifest, render, report, text_report
 from jobs.run import run
 from jobs.spec import load_spec
 from pipelines.commit import read_plan
@@ -89,3 +89,14 @@ def test_columns_of_every_string_type_are_shown(tmp_path: Path) -> None:
     html = Path(summary.output, "report.html").read_text(encoding="utf-8")
     assert "<bdi>7</bdi>" in html
     assert "dictionary body" in html
+
+
+def test_report_of_many_files_lists_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(load_spec(str(job_file(tmp_path)), {}), open_engine=open_planned_engine)
+    plan = read_plan(str(next((tmp_path / "out").glob("sweep-*"))))
+    manifest = read_manifest(plan)
+    monkeypatch.setattr("jobs.report.FILES", 2)
+    page = render(plan, manifest)
+    assert [f"<code>{name}</code>" in page for name in manifest.data] == [True, True, False, False]
+    assert "4 data files" in page
+    assert "the first 2 here" in page

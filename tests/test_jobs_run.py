@@ -1,16 +1,17 @@
 """One run: its summary, its progress, its resumption and its exit code."""
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.run import exit_code, run
 from jobs.spec import load_spec
+from pipelines.finalize import make_manifest
 from schemas.errors import SchemaMismatch
-from schemas.runs import Manifest, Plan
+from schemas.runs import Plan, RejectedFile
 from tests.fake_jobs import job_file, open_planned_engine
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, fake_plan, tickets, write_tickets
 
 
 def open_no_engine(plan: Plan) -> FakeEngine:
@@ -81,13 +82,20 @@ def test_on_bad_file_fail_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "has_bad_file", "code"),
-    [("complete", False, 0), ("incomplete", False, 5), ("incomplete", True, 3), ("too_many_rejects", False, 6)],
+    ("outcome", "has_bad_file", "code"),
+    [
+        ("complete", False, 0),
+        ("incomplete", False, 5),
+        ("incomplete", True, 3),
+        ("too_many_rejects", False, 6),
+        ("deadline", False, 5),
+        ("budget", False, 5),
+        ("stopped", True, 5),  # the others of its units may yet be done
+    ],
 )
-def test_exit_codes_are_the_documented_ones(status: str, has_bad_file: bool, code: int, tmp_path: Path) -> None:
-    _, manifest = run(load_spec(str(job_file(tmp_path))), open_engine=open_planned_engine)
-    text = manifest.to_json().replace('"status": "complete"', f'"status": "{status}"')
-    if has_bad_file:
-        bad = '"rejected_files": [{"url": "u", "error_code": "wrong_type", "error_message": "m"}]'
-        text = re.sub(r'"rejected_files": \[\]', bad, text)
-    assert exit_code(Manifest.from_json(text)) == code
+def test_exit_codes_are_the_documented_ones(outcome: str, has_bad_file: bool, code: int, tmp_path: Path) -> None:
+    write_tickets(tmp_path, "a.parquet", tickets(1))
+    bad = RejectedFile(url="u", error_code="wrong_type", error_message="m")
+    plan = fake_plan([tmp_path], tmp_path / "out")
+    manifest = make_manifest(plan, [], {plan.units[0].unit_id: bad} if has_bad_file else {}, max_reject_rate=1.0)
+    assert exit_code(replace(manifest, outcome=outcome)) == code

@@ -24,7 +24,8 @@ def test_shard_is_what_its_generator_writes(sample: generate.Sample, shard: int)
 
 def test_samples_are_small_and_all_there() -> None:
     files = sorted(FOLDER.glob("*.parquet"))
-    assert len(files) == len(SHARDS)
+    assert len(files) == len(SHARDS) + 1
+    assert pq.read_table(FOLDER / "labelled.parquet").equals(generate.labelled_table())
     assert sum(path.stat().st_size for path in files) < 1_000_000
 
 

@@ -81,7 +81,7 @@ def test_the_job_that_reads_it_is_another_run_of_another_model(folder: Path) -> 
     whole = plan_job(load_spec(str(folder / "qwen3_moe.toml"), {"model": {"router_thresholds": ""}}))
     assert plan.model_fingerprint != whole.model_fingerprint
     assert plan.run_id != whole.run_id
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json(), plan.units) == plan
     assert (plan.precision, plan.router_thresholds) == ("fp32", spec.router_thresholds)
     engine = open_model(plan)
     assert isinstance(engine, Engine)

@@ -94,7 +94,7 @@ def test_overrides_win_and_may_supply_what_the_file_lacks(tmp_path: Path) -> Non
     [
         ('url = "out/"', 'ulr = "out/"', '[output] has no key "ulr"', 'did you mean "url"?'),
         ("[output]", "[outptu]", "there is no section [outptu]", 'did you mean "output"?'),
-        ("[job]", "[limits]\nmax_cost = 4\n[job]", '[limits] has no key "max_cost"', "max_reject_rate"),
+        ("[job]", "[limits]\nmax_rejects = 4\n[job]", '[limits] has no key "max_rejects"', "max_reject_rate"),
         ("[job]", "[review]\nbudget = 4\n[job]", "no section [review]", "limits"),
         ('kind = "choose"', 'kind = "chose"', '[[task]] number 1 kind is "chose"', 'did you mean "choose"?'),
         ('kind = "choose"', 'kind = "choose"\nthreshold = 0.2', "threshold does not go with", "choose_many"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.commit import done_units, pending_units, read_plan, read_receipts, receipt_url, write_plan
-from pipelines.finalize import finalize
+from pipelines.commit import claim_url, done_units, pending_units, read_plan, read_receipts, receipt_url, write_plan
+from pipelines.finalize import finalize, read_manifest
 from schemas.errors import SpecError, StorageError
 from schemas.runs import Manifest, Plan
 from tests.fakes import annotate_directly, fake_plan, tickets, write_tickets
@@ -26,6 +26,12 @@ def plan(tmp_path: Path) -> Plan:
 
 def annotate_all(plan: Plan) -> None:
     annotate_directly(plan, pending_units(plan))
+
+
+def snapshot(plan: Plan) -> dict[str, bytes]:
+    """Return the content of every file of the run."""
+    folder = Path(plan.output)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def files(plan: Plan, folder: str) -> list[str]:
@@ -89,15 +95,72 @@ def test_finalize_publishes_what_receipts_name(plan: Plan) -> None:
     assert Manifest.from_json((folder / "_manifest.json").read_text()) == manifest
 
 
-def test_missing_unit_is_incomplete_and_takes_success_away(plan: Plan) -> None:
-    annotate_all(plan)
-    finalize(plan, max_reject_rate=0.0)
-    os.unlink(receipt_url(plan, plan.units[0].unit_id))
+def test_missing_unit_is_incomplete(plan: Plan) -> None:
+    annotate_directly(plan, plan.units[1:])
     manifest = finalize(plan, max_reject_rate=0.0)
     assert manifest.status == "incomplete"
     assert (manifest.units_done, manifest.rows_in, manifest.rows_annotated) == (3, 40, 30)
+    assert read_manifest(plan) == manifest
+    assert not (Path(plan.output) / "_manifest.json").exists()
     assert not (Path(plan.output) / "_SUCCESS").exists()
-    assert len(files(plan, "data")) == 3
+    annotate_all(plan)
+    assert finalize(plan, max_reject_rate=0.0) == read_manifest(plan) != manifest
+    assert not (Path(plan.output) / "_unfinished.json").exists()
+
+
+def test_published_run_is_final(plan: Plan) -> None:
+    annotate_all(plan)
+    manifest = finalize(plan, max_reject_rate=0.0)
+    os.unlink(receipt_url(plan, plan.units[0].unit_id))
+    before = snapshot(plan)
+    assert finalize(plan, max_reject_rate=0.0) == manifest
+    assert snapshot(plan) == before
+
+
+def test_published_run_that_loses_a_file_is_done_again(plan: Plan) -> None:
+    annotate_all(plan)
+    manifest = finalize(plan, max_reject_rate=0.0)
+    os.unlink(Path(plan.output) / "data" / manifest.data[2])
+    assert finalize(plan, max_reject_rate=0.0).status == "incomplete"
+    assert not (Path(plan.output) / "_SUCCESS").exists()
+    assert pending_units(plan) == (plan.units[2],)
+    annotate_all(plan)
+    again = finalize(plan, max_reject_rate=0.0)
+    assert (again.status, again.data) == ("complete", manifest.data)
+
+
+def test_leftovers_stay_until_the_run_is_complete(plan: Plan) -> None:
+    annotate_directly(plan, plan.units[1:])
+    leftover = Path(plan.output) / "data" / f"part-{plan.units[0].unit_id}-0123456789abcdef.parquet"
+    leftover.write_bytes(b"an attempt that is about to write its receipt, for all we know")
+    finalize(plan, max_reject_rate=0.0)
+    assert leftover.exists()
+    annotate_all(plan)
+    finalize(plan, max_reject_rate=0.0)
+    assert not leftover.exists()
+
+
+def test_claimed_file_is_never_deleted(plan: Plan) -> None:
+    annotate_all(plan)
+    claimed = Path(plan.output) / "data" / f"part-{plan.units[0].unit_id}-0123456789abcdef.parquet"
+    claimed.write_bytes(b"a second driver may be about to publish this")
+    Path(claim_url(plan, claimed.name)).touch()
+    finalize(plan, max_reject_rate=0.0)
+    assert claimed.exists()
+
+
+def test_second_attempt_yields_to_the_first(plan: Plan) -> None:
+    annotate_all(plan)
+    before = snapshot(plan)
+    annotate_directly(plan, plan.units)
+    assert snapshot(plan) == before
+
+
+def test_unreadable_receipt_is_done_again(plan: Plan) -> None:
+    annotate_all(plan)
+    Path(receipt_url(plan, plan.units[1].unit_id)).write_text("{ cut off")
+    assert finalize(plan, max_reject_rate=0.0).status == "incomplete"
+    assert pending_units(plan) == (plan.units[1],)
 
 
 def test_lost_data_file_is_done_again(plan: Plan) -> None:

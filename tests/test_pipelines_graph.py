@@ -7,7 +7,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.transforms.userstate import BagStateSpec
 
-from pipelines.graph import build, refuse_unsafe
+from pipelines.graph import Flow, build, refuse_unsafe
 from schemas.errors import EnvironmentMismatch
 from tests.fakes import fake_plan, open_fake_engine, tickets, write_tickets
 
@@ -16,7 +16,7 @@ def test_our_graph_is_safe(tmp_path: Path) -> None:
     write_tickets(tmp_path, "a.parquet", tickets(5))
     plan = fake_plan([tmp_path], tmp_path / "out")
     pipeline = beam.Pipeline()
-    build(pipeline, plan, plan.units, open_fake_engine)
+    build(pipeline, Flow(plan=plan, open_engine=open_fake_engine), plan.units)
     refuse_unsafe(pipeline)
 
 

@@ -13,7 +13,7 @@ DRAWN = Task(name="drawn", kind="generate", instruction="?", choices=("a", "b"),
 def test_a_plan_is_the_same_after_json(tmp_path: Path) -> None:
     url = write_tickets(tmp_path, "a.parquet", tickets(3))
     plan = fake_plan([url], tmp_path / "out", tasks=(*TASKS, FIELDS, DRAWN))
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json(), plan.units) == plan
     others = [fake_plan([url], tmp_path / "out", tasks=tasks) for tasks in (TASKS, (*TASKS, FIELDS), (*TASKS, DRAWN))]
     assert len({plan.run_id, *(other.run_id for other in others)}) == 4
 

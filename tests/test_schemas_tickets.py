@@ -38,7 +38,7 @@ def test_records_come_back_from_json_as_they_were() -> None:
         checkpoint="c", model_fingerprint="f", mode="cpu", prefix="", max_prompt_tokens=1, units=(unit,),
         rejected_files=(bad,), files=2,
     )  # fmt: skip
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json(), plan.units) == plan
     totals = {"prompt_tokens": 1, "computed_tokens": 1, "output_tokens": 0}
     receipt = Receipt(
         unit_id="u", attempt="a", data="d", data_sha256="s", rejects=None, rows=9, rows_annotated=8, rows_rejected=1,
@@ -46,8 +46,8 @@ def test_records_come_back_from_json_as_they_were() -> None:
     )  # fmt: skip
     assert Receipt.from_json(receipt.to_json()) == receipt
     manifest = Manifest(
-        run_id="r", status="incomplete", rows_in=9, rows_annotated=8, rows_rejected=1, units=1, units_done=1,
-        error_codes={}, labels={}, data=("d",), rejects=(), rejected_files=(bad,), **totals,
+        run_id="r", status="incomplete", outcome="deadline", rows_in=9, rows_annotated=8, rows_rejected=1, units=1,
+        units_done=1, error_codes={}, labels={}, data=("d",), rejects=(), rejected_files=(bad,), **totals,
     )  # fmt: skip
     assert Manifest.from_json(manifest.to_json()) == manifest
 

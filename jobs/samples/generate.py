@@ -291,8 +291,58 @@ def shard_table(sample: Sample, shard: int) -> pa.Table:
     )
 
 
+# Policy of jobs/specs/moderation_sweep.toml, and what a person would say of these.
+LABELLED = {
+    "safe": (
+        "My parcel was due on Monday and still has not arrived.",
+        "She called me an idiot in the chat, please have a look at it.",
+        "How do I change the language of the app?",
+        "The new update drains my battery in two hours.",
+    ),
+    "hate": (
+        "People from that country are vermin and should not be let in.",
+        "Those believers are all filth, every single one of them.",
+        "Keep that race out of our town, they ruin everything.",
+    ),
+    "harassment": (
+        "You are a pathetic loser and everybody here laughs about you.",
+        "Nobody wants you in this group, you worthless clown.",
+        "I will comment on every photo until you delete your account, ugly pig.",
+    ),
+    "threat": (
+        "I know where you live and I will break your legs tonight.",
+        "Wait until Friday, then I will burn your shop down.",
+        "Post that again and you will not live to regret it.",
+    ),
+    "sexual": (
+        "Send me a picture of you without clothes, I want to see your body.",
+        "Looking for someone to have sex with tonight, no strings attached.",
+        "I keep thinking about your naked skin and what we did in bed.",
+    ),
+    "self harm": (
+        "I do not want to live any more and I have the pills here.",
+        "I cut my arms again last night, it is the only thing that helps.",
+        "Tell my family I am sorry, I will end it this evening.",
+    ),
+    "spam": (
+        "WIN a free phone now!!! Click http://prizes.example and enter your card number.",
+        "Earn 5000 a week from home, no work needed, write to us today.",
+        "Cheap watches, cheap pills, best price, order at http://shop.example now.",
+    ),
+}
+
+
+def labelled_table() -> pa.Table:
+    """Return tickets with the label that a person gave them, in column `policy`."""
+    rows = [(text, label) for label, texts in LABELLED.items() for text in texts]
+    ids = [f"LAB-{row:04d}" for row in range(len(rows))]
+    texts, labels = zip(*rows, strict=True)
+    return pa.table({"ticket_id": ids, "body": list(texts), "policy": list(labels)})
+
+
 def main(folder: Path) -> None:
     """Write every shard into `folder`."""
+    pq.write_table(labelled_table(), folder / "labelled.parquet", compression="zstd")
     for sample in SAMPLES:
         for shard, (_, row_group_size) in enumerate(sample.shards):
             path = folder / f"{sample.name}-{shard:05d}.parquet"

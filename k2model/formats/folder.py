@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from schemas.errors import CheckpointError
+from schemas.urls import refuse_secrets, without_secrets
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,11 @@ def local_folder(path: Path, where: str) -> Folder:
 
 
 def remote_folder(url: str) -> Folder:
-    """Return the folder at fsspec URL `url`, or of the GGUF file there. Raises: CheckpointError if it is not listed."""
+    """Return the folder at fsspec URL `url`, or of the GGUF file there.
+
+    Raises: CheckpointError if it is not listed; SpecError if the URL holds credentials.
+    """
+    refuse_secrets(url)
     try:
         fs, root = fsspec.core.url_to_fs(url)
         if root.endswith(".gguf"):
@@ -153,7 +158,8 @@ def remote_folder(url: str) -> Folder:
                 files[file] = fs.info(entry["name"])
     except Exception as error:  # each store has its own kinds of error
         raise CheckpointError(
-            f'checkpoint "{url}" cannot be listed: {error}', remedy="check the URL and your credentials"
+            without_secrets(f'checkpoint "{url}" cannot be listed: {error}'),
+            remedy="check the URL and your credentials",
         ) from error
     sizes = {file: entry.get("size") or 0 for file, entry in files.items()}
     versions = {file: _version(entry) for file, entry in files.items()}
