@@ -268,7 +268,10 @@ def write_bytes_atomic(url: str, data: bytes, *, is_durable: bool = True) -> Non
 
     def write() -> None:
         if isinstance(fs, LocalFileSystem):
-            _write_local(path, data, is_durable)
+            try:
+                _write_local(path, data, is_durable)
+            except FileNotFoundError:  # a driver that tidies up a complete run took the temporary file of a late one
+                _write_local(path, data, is_durable)
         elif _is_object_store(fs) or type(fs).mv is AbstractFileSystem.mv:  # which copies
             fs.pipe_file(path, data)
         else:
