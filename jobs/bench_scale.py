@@ -84,9 +84,16 @@ def _in_process(call: Callable[[Path], _Times | None], folder: Path) -> dict[str
 
 def _measured(call: Callable[[Path], _Times | None], folder: Path) -> dict[str, float]:
     seconds, cpu_s = call(folder) or (0.0, 0.0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_mb = peak / (1e6 if sys.platform == "darwin" else 1e3)
-    return {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "peak_mb": round(peak_mb)}
+    return {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "peak_mb": round(_peak_mb())}
+
+
+def _peak_mb() -> float:
+    """Return the most memory this process held. On Linux, `ru_maxrss` begins at that of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _link_inputs(folder: Path, num_units: int) -> None:

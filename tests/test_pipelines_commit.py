@@ -207,3 +207,20 @@ def test_run_without_units_is_complete(tmp_path: Path) -> None:
     write_plan(plan)
     annotate_all(plan)
     assert finalize(plan, max_reject_rate=0.0).status == "complete"
+
+
+def test_temporary_files_of_killed_writers_go_once_the_run_is_complete(plan: Plan) -> None:
+    annotate_directly(plan, plan.units[:3])
+    left = [Path(plan.output) / folder / f".{folder}.0123" for folder in ("receipts", "claims", "data")]
+    for path in left:
+        path.write_bytes(b"half")
+    finalize(plan, max_reject_rate=1.0)
+    assert all(path.exists() for path in left)
+    annotate_directly(plan, plan.units[3:])
+    assert finalize(plan, max_reject_rate=1.0).status == "complete"
+    assert not any(path.exists() for path in left)
+    assert (
+        len(list((Path(plan.output) / "receipts").iterdir()))
+        == len(list((Path(plan.output) / "claims").iterdir()))
+        == 4
+    )

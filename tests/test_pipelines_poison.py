@@ -212,7 +212,7 @@ def test_what_every_row_raises_is_a_bug_and_no_row_is_to_blame(tmp_path: Path) -
         run_units(plan, plan.units, open_engine=open_poisonous_engine)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("what", "unit_rows"), [("hangs", 2), ("kills", 4)])
 def test_dask_rejects_the_row_too(tmp_path: Path, what: str, unit_rows: int) -> None:
     # Of 4 rows, the unit of the row that kills takes more workers down than Dask allows for a task.

