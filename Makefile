@@ -1,6 +1,6 @@
 # make demo    annotate the sample tickets, from nothing but Python 3.11 and a package index
 # make test    everything that must hold before a change lands
-# make chaos   the tests that take a minute, a hundred random kills and worse, 10,000 schedules of the commit protocol; 15 minutes
+# make chaos   the tests that take a minute, a hundred random kills and worse, 10,000 schedules of the commit protocol; some 20 minutes
 # make clean   back to a fresh clone
 PYTHON ?= python3
 VENV ?= .venv

@@ -6,17 +6,12 @@ files are written from it, in the order of the input, each whole or not at all.
 """
 
 import json
-import os
-import tempfile
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.progress import Say, Show
 from jobs.run import Summary, exit_code, left_text, run
@@ -25,7 +20,7 @@ from pipelines import storage
 from pipelines.annotate import OpenEngine
 from pipelines.batch_api import read_line, result_line
 from pipelines.commit import read_plan, to_parquet
-from pipelines.retries import retried
+from pipelines.read import read_data
 from schemas.annotations import REQUEST
 from schemas.errors import SpecError, StorageError
 from schemas.runs import Manifest, Plan, Task, digest
@@ -229,35 +224,13 @@ def _publish_results(plan: Plan, manifest: Manifest, model: str, output: str, er
             raise StorageError(f"{plan.output}: {manifest.rows_in - expected + 1} lines have no result")
 
     if manifest.rows_rejected:
-        _write_atomic(errors, lambda file: write(file, wants_answers=False))
+        storage.write_file_atomic(errors, lambda file: write(file, wants_answers=False))
     else:
         storage.delete(errors)
-    _write_atomic(output, lambda file: write(file, wants_answers=True))
+    storage.write_file_atomic(output, lambda file: write(file, wants_answers=True))
 
 
 def _result_rows(plan: Plan, manifest: Manifest) -> Iterator[dict[str, Any]]:
     """Yield the rows of the run, in the order of the lines; one file is in memory at a time."""
     for name in manifest.data:
-        content = storage.read_bytes(storage.join(plan.output, "data", name))
-        yield from pq.read_table(pa.BufferReader(content), columns=_RESULT_COLUMNS).to_pylist()
-
-
-def _write_atomic(url: str, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file of any size whole or not at all: beside its place, then into it by one rename or upload."""
-    fs, path = storage.filesystem(url)
-    is_local = storage.is_local(url)
-    folder = os.path.dirname(path) if is_local else tempfile.gettempdir()
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if is_local:
-            retried(f"write {url}", lambda: os.replace(temporary, path))
-        else:
-            retried(f"write {url}", lambda: fs.put_file(temporary, path))
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+        yield from read_data(plan, name, _RESULT_COLUMNS).to_pylist()

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.spec import JobSpec, load_spec
+from jobs.bench_scale import NO_FINGERPRINT, SPEC, bench_plan
 from k2model.compress.recipe import open_tokenizer
 from k2model.engine.request import Completion, Request
 from k2model.formats.checkpoint import open_checkpoint
@@ -25,17 +25,13 @@ from pipelines.finalize import finalize
 from pipelines.prompts import Prompts
 from pipelines.read import read_unit
 from pipelines.runners import run_units
-from pipelines.units import make_plan
 from schemas.runs import Plan
-
-_FINGERPRINT = "0" * 16
-_SPEC = Path(__file__).parent / "specs" / "moderation_sweep.toml"
 
 
 class _NoEngine:
     """Answers at once, the same to everything."""
 
-    fingerprint = _FINGERPRINT
+    fingerprint = NO_FINGERPRINT
     max_position_embeddings = 1 << 20
     busy_seconds = 0.0
 
@@ -152,32 +148,17 @@ def _seconds(checkpoint: str, units: int, rows: int, *, runner: str, workers: in
 
 def _generate(folder: Path, checkpoint: str, units: int, rows: int) -> Plan:
     """Write tickets for so many units into `folder`, and return their plan."""
-    spec = load_spec(str(_SPEC), {})
-    bodies = _sample_bodies(spec)
+    bodies = _sample_bodies()
     texts = [f"{bodies[number % len(bodies)]} {number}" for number in range(units * rows)]
     table = pa.table({"ticket_id": [f"T{number}" for number in range(len(texts))], "body": texts})
     (folder / "in").mkdir()
     pq.write_table(table, folder / "in" / "tickets.parquet", row_group_size=rows)
-    return _plan(folder, spec, checkpoint, rows)
+    return bench_plan(folder, checkpoint, rows)
 
 
-def _plan(folder: Path, spec: JobSpec, checkpoint: str, unit_rows: int) -> Plan:
-    return make_plan(
-        job="bench",
-        urls=[str(folder / "in")],
-        output=str(folder / "out"),
-        columns=spec.columns,
-        tasks=spec.tasks,
-        checkpoint=checkpoint,
-        model_fingerprint=_FINGERPRINT,
-        mode="cpu",
-        unit_rows=unit_rows,
-    )
-
-
-def _sample_bodies(spec: JobSpec) -> list[str]:
+def _sample_bodies() -> list[str]:
     """Return the texts of the shipped tickets that can be annotated and are no longer than most."""
-    paths = sorted((_SPEC.parents[1] / "samples").glob("moderation-*.parquet"))
+    paths = sorted((SPEC.parents[1] / "samples").glob("moderation-*.parquet"))
     values = [
         value for path in paths for value in pq.read_table(path, columns=["body"])["body"].cast("binary").to_pylist()
     ]

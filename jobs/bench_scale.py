@@ -30,7 +30,8 @@ UNITS_PER_FILE = 100
 
 # Names of one file: ext4 has at most 65,000.
 _LINKS = 50_000
-_SPEC = Path(__file__).parent / "specs" / "moderation_sweep.toml"
+SPEC = Path(__file__).parent / "specs" / "moderation_sweep.toml"
+NO_FINGERPRINT = "0" * 16
 
 _Times = tuple[float, float]
 """Wall and processor seconds."""
@@ -115,27 +116,28 @@ def _timed(call: Callable[[], object]) -> _Times:
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
-def _make_plan(folder: Path) -> Plan:
-    spec = load_spec(str(_SPEC), {})
+def bench_plan(folder: Path, checkpoint: str, unit_rows: int) -> Plan:
+    """Return the plan of the shipped sweep over the tickets in `folder`/in, for an engine that computes nothing."""
+    spec = load_spec(str(SPEC), {})
     return make_plan(
         job="bench",
         urls=[str(folder / "in")],
         output=str(folder / "out"),
         columns=spec.columns,
         tasks=spec.tasks,
-        checkpoint="none",
-        model_fingerprint="0" * 16,
+        checkpoint=checkpoint,
+        model_fingerprint=NO_FINGERPRINT,
         mode="cpu",
-        unit_rows=1,
+        unit_rows=unit_rows,
     )
 
 
 def _plan(folder: Path) -> _Times:
-    return _timed(lambda: _make_plan(folder))
+    return _timed(lambda: bench_plan(folder, "none", 1))
 
 
 def _write(folder: Path) -> _Times:
-    plan = _make_plan(folder)
+    plan = bench_plan(folder, "none", 1)
     return _timed(lambda: write_plan(plan))
 
 

@@ -6,8 +6,6 @@ matched one after the other, so that memory does not grow with the runs.
 
 import json
 import logging
-import posixpath
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,7 +22,7 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.annotate import raw_bytes
 from pipelines.cache_files import FAILURES, written
-from pipelines.commit import read_plan
+from pipelines.commit import read_plan, runs_of
 from pipelines.finalize import read_manifest
 from schemas.errors import SpecError
 from schemas.runs import Manifest, Plan, Task
@@ -74,7 +72,7 @@ def churn(plan: Plan, manifest: Manifest, earlier_url: str) -> Churn:
     Raises: SpecError if that is no finished run, or has no task in common; StorageError.
     """
     earlier = read_plan(earlier_url)
-    before = read_manifest(earlier)
+    before = read_manifest(earlier.output)
     if before is None:
         raise SpecError(f"{earlier_url}: not finished, it has no manifest", remedy="run its job again: it resumes")
     tasks = _common(earlier, plan)
@@ -271,11 +269,8 @@ def read_churn(plan: Plan) -> Churn | None:
 
 def _earlier(plan: Plan) -> str | None:
     """Return the folder of the latest run of this job, with a task in common, that had ended when this one began."""
-    parent = posixpath.dirname(plan.output)
-    pattern = re.compile(re.escape(plan.job) + r"-[0-9a-f]{12}")
-    names = [name for name in storage.folders(parent) if pattern.fullmatch(name) and name != plan.run_id]
     began = written(storage.join(plan.output, "plan.json")) or 0.0
-    urls = [storage.join(parent, name) for name in names]
+    urls = [url for url in runs_of(plan) if url != plan.output]
     ended = {url: written(storage.join(url, "_SUCCESS")) for url in urls}
     finished = [(time, url) for url, time in ended.items() if time is not None and time <= began]
     return next((url for _, url in sorted(finished, reverse=True) if _common(read_plan(url), plan)), None)

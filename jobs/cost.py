@@ -4,14 +4,13 @@
 those are, k2batch cannot know. Time is that of the calls, by their records; what was not measured is not told.
 """
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.progress import duration
 from jobs.spec import JobSpec
-from pipelines import storage
+from pipelines.commit import runs_of
 from pipelines.finalize import read_manifest
 from pipelines.stop import Call, read_calls
 from pipelines.tokens import Tokens
@@ -46,7 +45,7 @@ def find_rate(spec: JobSpec, plan: Plan) -> Rate | None:
 
     Raises: StorageError.
     """
-    measured = (_measured(url, plan, spec.runner) for url in _runs_of(spec.name, plan))
+    measured = (_measured(url, plan, spec.runner) for url in runs_of(plan))
     found = max((rate for rate in measured if rate is not None), key=lambda pair: pair[0], default=None)
     if found is not None:
         return found[1]
@@ -56,20 +55,13 @@ def find_rate(spec: JobSpec, plan: Plan) -> Rate | None:
     return None
 
 
-def _runs_of(job: str, plan: Plan) -> list[str]:
-    """Return the folders of the job's runs beside `plan`'s, itself among them."""
-    parent = plan.output.rpartition("/")[0]
-    pattern = re.compile(re.escape(job) + "-[0-9a-f]{12}")
-    return [storage.join(parent, name) for name in storage.folders(parent) if pattern.fullmatch(name)]
-
-
 def _measured(run_url: str, plan: Plan, runner: str) -> tuple[float, Rate] | None:
     """Return when a run was last worked on, and its rate; None if it has none of the plan's model and this runner."""
     calls = read_calls(run_url)
     if not calls or any((call.runner, call.model_fingerprint) != (runner, plan.model_fingerprint) for call in calls):
         return None
     try:
-        manifest = read_manifest(replace(plan, output=run_url))
+        manifest = read_manifest(run_url)
     except StorageError:
         return None  # written by another version
     seconds = spent_seconds(calls)

@@ -20,6 +20,7 @@ from jobs.spec import JobSpec
 from pipelines import storage
 from pipelines.annotate import OpenEngine
 from pipelines.commit import read_plan
+from pipelines.read import read_data
 from schemas.errors import SchemaMismatch, SpecError
 from schemas.runs import Manifest, Plan, Task
 
@@ -188,7 +189,8 @@ def _read(plan: Plan, manifest: Manifest, task: Task, column: str) -> Answers:
     truths: list[list[int]] = []
     given: list[list[int] | None] = []
     scores: list[float] = []
-    for name, table in _tables(plan, manifest, names):
+    for name in manifest.data:
+        table = read_data(plan, name, names)
         values = [table[other].to_pylist() for other in names[1:]]
         for row, (truth, said, *score) in enumerate(zip(_labels(table[column], name), *values, strict=True)):
             if truth is None:
@@ -209,12 +211,6 @@ def _read(plan: Plan, manifest: Manifest, task: Task, column: str) -> Answers:
         answered=np.array([labels is not None for labels in given]),
         score=None if is_many else np.array(scores, dtype=float),
     )
-
-
-def _tables(plan: Plan, manifest: Manifest, names: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    for name in manifest.data:
-        with storage.open_read(storage.join(plan.output, "data", name)) as file:
-            yield name, pq.ParquetFile(file).read(names)
 
 
 def _labels(column: pa.ChunkedArray, name: str) -> list[list[str] | None]:

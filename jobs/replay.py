@@ -1,6 +1,5 @@
 """Rows of a finished run, computed again: each alone, far from the rows it was computed beside, to the same bits."""
 
-import io
 import random
 import time
 from bisect import bisect_right
@@ -11,13 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.verify import same_values
-from pipelines import graph, storage
+from pipelines import graph
 from pipelines.annotate import Block, OpenEngine, SupportsAnnotate, SupportsPrompts, annotate
 from pipelines.commit import read_plan, read_receipts
-from pipelines.read import read_unit
+from pipelines.read import read_data, read_unit
 from schemas.annotations import task_columns
 from schemas.errors import K2Error, SchemaMismatch
 from schemas.runs import Plan, Receipt, Unit
@@ -131,8 +129,7 @@ def _read_data(plan: Plan, receipt: Receipt, names: Sequence[str]) -> pa.Table:
     Raises: FileNotFoundError or StorageError; ArrowException if it is damaged; KeyError if it lacks a column;
         SchemaMismatch if it has not the receipt's rows.
     """
-    content = storage.read_bytes(storage.join(plan.output, "data", receipt.data))
-    table = pq.ParquetFile(io.BytesIO(content)).read(list(names)).select(list(names))
+    table = read_data(plan, receipt.data, names)
     if table.num_rows != receipt.rows:
         raise SchemaMismatch(f"data/{receipt.data} has {table.num_rows} rows, its receipt says {receipt.rows}")
     return table

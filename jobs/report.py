@@ -59,7 +59,7 @@ class AnnotatedRow:
 
 def read_manifest(plan: Plan) -> Manifest:
     """Return the result of a run. Raises: SpecError if it was never finalized; StorageError."""
-    manifest = finalize.read_manifest(plan)
+    manifest = finalize.read_manifest(plan.output)
     if manifest is None:
         remedy = "run its job again: it resumes, then publishes"
         raise SpecError(f"{plan.output}: not finished, it has no manifest", remedy=remedy)

@@ -25,7 +25,7 @@ def status(run_url: str) -> tuple[dict[str, Any], Manifest | None]:
         if receipt is not None:
             sums.update(units=1, rows=receipt.rows, tokens=receipt.prompt_tokens + receipt.output_tokens)
             sums.update(annotated=receipt.rows_annotated, rejected=receipt.rows_rejected)
-    now, calls, manifest = time.time(), read_calls(plan.output), read_manifest(plan)
+    now, calls, manifest = time.time(), read_calls(plan.output), read_manifest(plan.output)
     call = calls[-1].outcome_at(now) if calls else ""
     # A manifest is older than the receipts while a resumed run is under way.
     is_final = manifest is not None and manifest.units_done == sums["units"] and call != RUNNING

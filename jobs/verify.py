@@ -237,7 +237,7 @@ def _check_rejects(plan: Plan, unit: Unit, receipt: Receipt, table: pa.Table) ->
 def _check_manifest(plan: Plan) -> Iterator[str]:
     """Yield where the manifest is not the sum of the receipts, or `_SUCCESS` is wrong."""
     try:
-        manifest = read_manifest(plan)
+        manifest = read_manifest(plan.output)
     except StorageError as error:
         yield error.message
         return

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from kernels import cpu, cpu_routing
 
-_library = torch.library.Library("k2batch", "DEF")
+_OPERATORS = Library("k2batch", "DEF")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +174,10 @@ def _fake_route(
 
 def _define(schema: str, on_cpu: Callable[..., Any], on_card: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, on_cpu, "CPU")
-    _library.impl(name, on_card, "CUDA")
-    torch.library.register_fake(f"k2batch::{name}", fake, lib=_library)
+    _OPERATORS.define(schema)
+    _OPERATORS.impl(name, on_cpu, "CPU")
+    _OPERATORS.impl(name, on_card, "CUDA")
+    register_fake(f"k2batch::{name}", fake, lib=_OPERATORS)
 
 
 _define(

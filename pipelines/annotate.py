@@ -118,7 +118,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answered:
+class Answered:
     """What the model said to one `Asked`."""
 
     answers: Mapping[str, object]
@@ -142,8 +142,8 @@ def annotate(
     began, busy_before = time.perf_counter(), engine.busy_seconds
     asked_for = ask(row_texts(block.table, plan.columns), prompts)
     distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, Asked)}
-    outcomes = _answer(distinct, prompts, engine, cache, block.unit.unit_id)
-    answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, _Answered)}
+    outcomes = answer_all(distinct, prompts, engine, cache, block.unit.unit_id)
+    answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, Answered)}
     busy = (engine.busy_seconds - busy_before) / (time.perf_counter() - began)
     fates = [_fate(fate, outcomes) for fate in asked_for]
     columns = _columns(fates, answered, plan)
@@ -270,15 +270,19 @@ def _candidate_numbers(candidates: tuple[Candidate, ...]) -> bytes:
     return numbers.tobytes()
 
 
-def _fate(fate: Asked | RowError, outcomes: Mapping[str, "_Answered | RowError"]) -> Asked | RowError:
+def _fate(fate: Asked | RowError, outcomes: Mapping[str, "Answered | RowError"]) -> Asked | RowError:
     """Return `fate`, or why the engine had no answer."""
     outcome = outcomes.get(fate.prompt_hash) if isinstance(fate, Asked) else None
     return outcome if isinstance(outcome, RowError) else fate
 
 
-def _answer(
-    distinct: Mapping[str, Asked], prompts: SupportsPrompts, engine: SupportsSubmit, cache: Cache | None, unit_id: str
-) -> dict[str, _Answered | RowError]:
+def answer_all(
+    distinct: Mapping[str, Asked],
+    prompts: SupportsPrompts,
+    engine: SupportsSubmit,
+    cache: Cache | None = None,
+    unit_id: str = "",
+) -> dict[str, Answered | RowError]:
     """Return the answer to each of `distinct`, or why there is none; what no cache knows is asked in one submission."""
     known = cache.lookup({name: len(asked.requests) for name, asked in distinct.items()}) if cache else {}
     requests = [request for name, asked in distinct.items() if name not in known for request in asked.requests]
@@ -288,7 +292,7 @@ def _answer(
     }
     if cache:
         cache.store(unit_id, {name: own for name, own in computed.items() if not any(one.error for one in own)})
-    answered: dict[str, _Answered | RowError] = {}
+    answered: dict[str, Answered | RowError] = {}
     for name, asked in distinct.items():
         own = known[name] if name in known else computed[name]
         error = next((completion.error for completion in own if completion.error), None)
@@ -297,7 +301,7 @@ def _answer(
             answered[name] = EngineFailure(f"the model could not compute this row: {error}", remedy=remedy)
             continue
         prompt_tokens = sum(len(request.prompt_ids) for request in asked.requests)
-        answered[name] = _Answered(
+        answered[name] = Answered(
             answers=prompts.answers(own),
             prompt_tokens=prompt_tokens,
             cached_tokens=prompt_tokens if name in known else sum(one.num_prefix_tokens for one in asked.requests),
@@ -309,7 +313,7 @@ def _answer(
 
 
 def _columns(
-    fates: Sequence[Asked | RowError], answered: Mapping[str, _Answered], plan: Plan
+    fates: Sequence[Asked | RowError], answered: Mapping[str, Answered], plan: Plan
 ) -> dict[str, list[object]]:
     """Return the values of every added column, by its full name."""
     names = [plan.prefix + field.name for field in ROW_FIELDS]

@@ -38,7 +38,6 @@ SCHEMA = pa.schema(
 _SUFFIX = ".parquet"
 USED = ".used"
 _MERGED = "merged"
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 # What a damaged file, or one out of reach, raises.
 FAILURES = (K2Error, pa.ArrowException, OSError, ValueError)
@@ -80,7 +79,7 @@ def listing(folder: str) -> list[Stored]:
 
 def time_of(entry: Mapping[str, Any]) -> float:
     """Return when a file was written, in seconds since 1970, as its store says; 0 if it does not."""
-    value = next((entry[key] for key in _TIMES if entry.get(key)), 0.0)
+    value = next((entry[key] for key in storage.TIMES if entry.get(key)), 0.0)
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     return value.timestamp() if isinstance(value, datetime) else float(value)

@@ -8,6 +8,8 @@ COMMIT.md tells the whole protocol, and why it holds.
 import hashlib
 import io
 import json
+import posixpath
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -78,6 +80,13 @@ def read_plan(run_url: str) -> Plan:
         remedy = "delete the folder, then run the job again from its file"
         raise StorageError(f"{url}: not a plan of this version: {error}", remedy=remedy) from error
     return replace(plan, output=folder)
+
+
+def runs_of(plan: Plan) -> list[str]:
+    """Return the folders of the job's runs under the same output, this one among them. Raises: StorageError."""
+    parent = posixpath.dirname(plan.output)
+    is_run = re.compile(re.escape(plan.job) + "-[0-9a-f]{12}").fullmatch
+    return [storage.join(parent, name) for name in storage.folders(parent) if is_run(name)]
 
 
 def receipt_url(plan: Plan, unit_id: str) -> str:

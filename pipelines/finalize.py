@@ -50,13 +50,13 @@ def finalize(plan: Plan, *, max_reject_rate: float, stopped_by: str = "") -> Man
     return manifest
 
 
-def read_manifest(plan: Plan) -> Manifest | None:
+def read_manifest(run_url: str) -> Manifest | None:
     """Return the published result of a complete run, else what `finalize` found last; None before it was called.
 
     Raises: StorageError.
     """
-    is_complete = storage.exists(storage.join(plan.output, "_SUCCESS"))
-    url = storage.join(plan.output, "_manifest.json" if is_complete else "_unfinished.json")
+    is_complete = storage.exists(storage.join(run_url, "_SUCCESS"))
+    url = storage.join(run_url, "_manifest.json" if is_complete else "_unfinished.json")
     try:
         return Manifest.from_json(storage.read_text(url))
     except FileNotFoundError:

@@ -14,11 +14,10 @@ from typing import Any
 
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
-from k2model.engine.request import Completion
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
-from pipelines.annotate import Asked, SupportsAnnotate, ask, is_visible
+from pipelines.annotate import Answered, Asked, SupportsAnnotate, answer_all, ask, is_visible
 from pipelines.prompts import Prompts
-from schemas.errors import BlankText, EngineFailure, InvalidText, NullText, RowError
+from schemas.errors import BlankText, InvalidText, NullText, RowError
 from schemas.runs import Task
 
 _MIN_BATCH_ROWS = 256
@@ -103,16 +102,11 @@ class K2ModelHandler(ModelHandler[str, PredictionResult, LoadedModel]):
         """
         fates = ask([_checked(text) for text in batch], model.prompts)
         distinct = {fate.prompt_hash: fate for fate in fates if isinstance(fate, Asked)}
-        requests = [request for asked in distinct.values() for request in asked.requests]
-        completions = iter(model.engine.submit(requests).result() if requests else ())
-        answers = {
-            name: _answer(model.prompts, [next(completions) for _ in asked.requests])
-            for name, asked in distinct.items()
-        }
+        answers = answer_all(distinct, model.prompts, model.engine)
         results = []
         for text, fate in zip(batch, fates, strict=True):
-            answer = answers[fate.prompt_hash] if isinstance(fate, Asked) else fate
-            results.append(PredictionResult(text, self._inference(answer), model.engine.fingerprint))
+            answered = answers[fate.prompt_hash] if isinstance(fate, Asked) else fate
+            results.append(PredictionResult(text, self._inference(answered), model.engine.fingerprint))
         return results
 
     def get_num_bytes(self, batch: Sequence[str]) -> int:
@@ -128,13 +122,14 @@ class K2ModelHandler(ModelHandler[str, PredictionResult, LoadedModel]):
         if inference_args:
             raise ValueError(f"K2ModelHandler takes no inference_args, but got: {', '.join(inference_args)}")
 
-    def _inference(self, answer: Mapping[str, Any] | RowError) -> dict[str, Any]:
-        if isinstance(answer, RowError):
-            return {"status": "rejected", "error_code": answer.code, "error_message": answer.message}
+    def _inference(self, answered: Answered | RowError) -> dict[str, Any]:
+        if isinstance(answered, RowError):
+            return {"status": "rejected", "error_code": answered.code, "error_message": answered.message}
+        answers: Mapping[str, Any] = answered.answers
         alone = f"{self._tasks[0].name}_" if len(self._tasks) == 1 else ""
         named = {
             name.removeprefix(alone): dict(value) if name.endswith("_scores") else value
-            for name, value in answer.items()
+            for name, value in answers.items()
         }
         return {"status": "annotated", "error_code": None, "error_message": None, **named}
 
@@ -171,10 +166,3 @@ def _checked(text: object) -> str | RowError:
     if any("\ud800" <= char <= "\udfff" for char in text):
         return InvalidText("the element holds half a character, which UTF-8 has not")
     return text if is_visible(text) else BlankText(f"no visible character among {len(text)}")
-
-
-def _answer(prompts: Prompts, completions: Sequence[Completion]) -> Mapping[str, Any] | RowError:
-    error = next((completion.error for completion in completions if completion.error), None)
-    if error is not None:
-        return EngineFailure(f"the model could not compute this row: {error}")
-    return prompts.answers(completions)

@@ -1,4 +1,4 @@
-"""Rows of one unit, as the file holds them: every column, every type, every byte."""
+"""Rows of one unit, as the file holds them: every column, every type, every byte; and those that a run wrote of it."""
 
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from schemas.errors import SchemaMismatch
-from schemas.runs import Unit
+from schemas.runs import Plan, Unit
 
 # A slice of a giant row group is decoded in batches of this many rows, so memory stays that of the slice.
 _BATCH_ROWS = 1024
@@ -36,6 +36,15 @@ def read_unit(unit: Unit, columns: Sequence[str] | None = None) -> pa.Table:
     if problem is not None:
         raise problem
     return table
+
+
+def read_data(plan: Plan, name: str, columns: Sequence[str]) -> pa.Table:
+    """Return `columns`, in this order, of the run's data file `name`.
+
+    Raises: FileNotFoundError or StorageError; ArrowException if it is damaged; KeyError if it lacks a column.
+    """
+    content = storage.read_bytes(storage.join(plan.output, "data", name))
+    return pq.ParquetFile(pa.BufferReader(content)).read(list(columns)).select(list(columns))
 
 
 def _decode(

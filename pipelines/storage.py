@@ -12,6 +12,7 @@ import io
 import os
 import posixpath
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ _PAGE = 4096
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _ETAGS = ("ETag", "etag", "content_md5", "md5Hash")
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -175,7 +176,7 @@ def etag(url: str) -> str:
     for key in _ETAGS:
         if info.get(key):
             return str(info[key]).strip('"')
-    changed = next((info[key] for key in _TIMES if key in info), "")
+    changed = next((info[key] for key in TIMES if key in info), "")
     return f"{info.get('size')}-{changed}"
 
 
@@ -269,9 +270,9 @@ def write_bytes_atomic(url: str, data: bytes, *, is_durable: bool = True) -> Non
     def write() -> None:
         if isinstance(fs, LocalFileSystem):
             try:
-                _write_local(path, data, is_durable)
+                _write_local(path, lambda file: file.write(data), is_durable)
             except FileNotFoundError:  # a driver that tidies up a complete run took the temporary file of a late one
-                _write_local(path, data, is_durable)
+                _write_local(path, lambda file: file.write(data), is_durable)
         elif _is_object_store(fs) or type(fs).mv is AbstractFileSystem.mv:  # which copies
             fs.pipe_file(path, data)
         else:
@@ -284,13 +285,28 @@ def write_bytes_atomic(url: str, data: bytes, *, is_durable: bool = True) -> Non
         raise StorageError(text, remedy="create it, or mend [output] url") from error
 
 
-def _write_local(path: str, data: bytes, is_durable: bool) -> None:
+def write_file_atomic(url: str, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file of any size, which is there whole afterwards or, if it raises, not at all.
+
+    Raises: StorageError; what `write` raises.
+    """
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        retried(f"write {url}", lambda: _write_local(path, write, is_durable=True))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = os.path.join(folder, posixpath.basename(path))
+        _write_local(whole, write, is_durable=False)
+        retried(f"write {url}", lambda: fs.put_file(whole, path))
+
+
+def _write_local(path: str, write: Callable[[BinaryIO], object], is_durable: bool) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             if is_durable:
                 os.fsync(file.fileno())

@@ -88,7 +88,7 @@ def undisturbed(folder: Path, num_units: int) -> dict[str, str]:
 
 def judge(scenario: str, plan: Plan, expected: dict[str, str], disturbed: int, seconds: float) -> Outcome:
     """Return what is left of a complete run."""
-    manifest = read_manifest(plan)
+    manifest = read_manifest(plan.output)
     assert manifest is not None
     assert manifest.status == "complete", manifest
     folder = Path(plan.output) / "data"
@@ -168,7 +168,7 @@ def kill_workers(plan: Plan, runner: str) -> int:
             max(workers, key=lambda worker: sum(worker.cpu_times()[:2])).kill()
             kills += 1
     assert driver.wait(timeout=120) == 0
-    assert read_manifest(plan) is not None, "the driver did not finish the run"
+    assert read_manifest(plan.output) is not None, "the driver did not finish the run"
     return kills
 
 
@@ -253,7 +253,7 @@ def soak(folder: Path, kills: int, num_units: int, seed: int) -> Outcome:
     start = time.perf_counter()
     while hits < kills:
         plan = planned(folder, folder / "soak", num_units)
-        while (manifest := read_manifest(plan)) is None or manifest.status != "complete":
+        while (manifest := read_manifest(plan.output)) is None or manifest.status != "complete":
             before = len(done_units(plan))
             pid = os.fork()
             if not pid:

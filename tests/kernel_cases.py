@@ -46,19 +46,10 @@ def bias_of(visible: Tensor) -> Tensor:
 
 
 def route_on_card(
-    logits: Tensor,
-    correction_bias: Tensor | None,
-    num_experts_per_tok: int,
-    *,
-    scoring: str,
-    n_group: int = 1,
-    topk_group: int = 1,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float = 1.0,
-    threshold: float = 1.0,
+    logits: Tensor, correction_bias: Tensor | None, num_experts_per_tok: int, **config: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call the Triton kernel as `kernels.ops.route` calls it, whatever the device."""
     from kernels.routing import route
 
-    config = (scoring, n_group, topk_group, norm_topk_prob, routed_scaling_factor, threshold)
-    return route(logits, correction_bias, num_experts_per_tok, *config)
+    usual = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "threshold": 1.0}
+    return route(logits, correction_bias, num_experts_per_tok, **usual | config)

@@ -11,7 +11,7 @@ import pytest
 from jobs.cli import main
 from jobs.evaluate import Answers, as_text, evaluate, facts, measures, truth_columns
 from schemas.errors import SchemaMismatch, SpecError
-from tests.fake_jobs import checkpoint, open_planned_engine
+from tests.fake_jobs import job_file, open_planned_engine
 from tests.fakes import POLICY, REPLY, TOPICS, annotate_directly, fake_plan, read_output, tickets, write_tickets
 
 
@@ -154,26 +154,7 @@ def test_odd_truths_are_named(values: pa.Array, message: str, tmp_path: Path) ->
 def test_the_files_of_the_truth_are_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tickets(12).append_column("policy", pa.array(["safe", "spam"] * 6))
     write_tickets(tmp_path / "truth", "t.parquet", table)
-    path = tmp_path / "job.toml"
-    path.write_text(
-        f"""
-[job]
-name = "sweep"
-[input]
-urls = ["nowhere/*.parquet"]
-columns = {{ id = "ticket_id", text = ["body"] }}
-[output]
-url = "{tmp_path / "out"}"
-prefix = "ai_"
-[model]
-checkpoint = "{checkpoint(tmp_path / "checkpoint")}"
-[[task]]
-name = "policy"
-kind = "choose"
-labels = {{ "safe" = "ordinary talk", "spam" = "adverts" }}
-""",
-        encoding="utf-8",
-    )
+    path = job_file(tmp_path)
     words = ["eval", str(path), "--truth", f"{tmp_path}/truth/", "--json"]
     assert main(words, open_engine=open_planned_engine) == 0
     (quality,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]

@@ -122,7 +122,7 @@ def test_ctrl_c_keeps_what_is_under_way_and_the_next_call_gives_the_same_bytes(
     assert (summary["status"], summary["outcome"]) == ("incomplete", "stopped")
     folder = Path(summary["output"])
     assert not (folder / "_SUCCESS").exists()
-    manifest = read_manifest(read_plan(str(folder)))
+    manifest = read_manifest(str(folder))
     assert manifest is not None
     assert (manifest.status, manifest.outcome) == ("incomplete", "stopped")
     assert summary["units_left"] == 24 - len(list((folder / "receipts").iterdir())) > 0

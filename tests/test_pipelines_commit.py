@@ -100,11 +100,11 @@ def test_missing_unit_is_incomplete(plan: Plan) -> None:
     manifest = finalize(plan, max_reject_rate=0.0)
     assert manifest.status == "incomplete"
     assert (manifest.units_done, manifest.rows_in, manifest.rows_annotated) == (3, 40, 30)
-    assert read_manifest(plan) == manifest
+    assert read_manifest(plan.output) == manifest
     assert not (Path(plan.output) / "_manifest.json").exists()
     assert not (Path(plan.output) / "_SUCCESS").exists()
     annotate_all(plan)
-    assert finalize(plan, max_reject_rate=0.0) == read_manifest(plan) != manifest
+    assert finalize(plan, max_reject_rate=0.0) == read_manifest(plan.output) != manifest
     assert not (Path(plan.output) / "_unfinished.json").exists()
 
 
