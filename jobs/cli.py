@@ -4,6 +4,7 @@ Results go to stdout, progress and errors to stderr. With `--json`, stdout ends 
 """
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jobs.arguments import INCOMPLETE, make_parser
 from schemas.errors import K2Error
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
     from pipelines.annotate import OpenEngine
 
 _INTERRUPTED = "stopped; every finished unit is kept, and running the same command again resumes"
+
+
+def command() -> NoReturn:
+    """Run the command of this process: the script `k2batch`."""
+    leave(main())
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process as `sys.exit` does, but without taking the interpreter down.
+
+    A library's thread that comes back from C++ meanwhile, as Arrow's do, would abort it: exit code 134 after a run that
+    was stopped well.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" = None) -> int:
@@ -328,4 +346,4 @@ def _interruptible(as_json: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -230,6 +230,33 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
 
 
+def test_leaving_keeps_the_exit_code_whatever_threads_are_in_libraries() -> None:
+    code = textwrap.dedent("""
+        import atexit, io, threading, time
+        import pyarrow as pa, pyarrow.parquet as pq
+        from jobs.cli import leave
+
+        class Slow(io.BytesIO):
+            def read(self, *size):
+                read.set()
+                time.sleep(0.01)
+                return super().read(*size)
+
+        def keep_reading():
+            while True:
+                pq.ParquetFile(pa.PythonFile(Slow(file.getvalue()), mode="r"), pre_buffer=True).read()
+
+        read, file = threading.Event(), io.BytesIO()
+        pq.write_table(pa.table({"a": range(1000)}), file)
+        atexit.register(print, "exit handlers ran")
+        threading.Thread(target=keep_reading, daemon=True).start()
+        read.wait()
+        leave(5)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "exit handlers ran\n", "")
+
+
 def test_a_bug_exits_1_with_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(plan: Plan) -> FakeEngine:
         raise ZeroDivisionError("oh")

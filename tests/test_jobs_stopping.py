@@ -69,14 +69,14 @@ DRIVER = """
 import pathlib
 import sys
 from tests.fakes import FakeEngine
-from jobs.cli import main
+from jobs.cli import leave, main
 
 def open_engine(plan):
     pathlib.Path(sys.argv[3]).touch()
     return FakeEngine(fingerprint=plan.model_fingerprint, pause_s=float(sys.argv[2]))
 
 if __name__ == "__main__":
-    sys.exit(main(["run", sys.argv[1], *sys.argv[4:], "--json"], open_engine=open_engine))
+    leave(main(["run", sys.argv[1], *sys.argv[4:], "--json"], open_engine=open_engine))
 """
 
 
