@@ -25,6 +25,7 @@ EXAMPLES = {
     "cache": "k2batch cache annotated/ --max-gb 5",
     "models": "k2batch models inspect smollm2-135m-instruct",
     "sparsify": "k2batch sparsify my-moe.toml --rows 8 -o thresholds.json",
+    "compress": "k2batch compress jobs/recipes/tiny.toml",
     "doctor": "k2batch doctor",
     "bench": "k2batch bench linear --rounds 3",
 }
@@ -41,6 +42,7 @@ _ABOUT = {
     "cache": "Say how many answers are kept for later runs, and delete those that were not used for longest.",
     "models": "Look into a checkpoint before fetching it, compare it with reference fixtures, or convert it to INT8.",
     "sparsify": "Find which experts a job's own tickets can do without, for [model] router_thresholds.",
+    "compress": "Make a smaller model for your labels by a recipe: tune, prune, distill, quantize. Again = go on.",
     "doctor": "Check this machine and installation.",
     "bench": "Measure kernels, what INT8 loses, the engine, a true-size K2 layer, a conversion, the flow, large plans.",
 }
@@ -97,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--replay", type=_count, metavar="N", default=0, help="compute N random rows again, each alone: the same bits?"
     )
     made["verify"].add_argument("--seed", type=int, metavar="S", default=0, help="draws other rows (0)")
+    _add_compress_arguments(made["compress"])
     _add_bench_arguments(made["bench"])
     _add_models_arguments(made["models"])
     _add_batch_arguments(made["batch"])
@@ -202,6 +205,13 @@ def _add_sparsify_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", type=int, metavar="N", default=200, help="tickets, half of them held back (200)")
     parser.add_argument("-o", dest="target", metavar="FILE", required=True, help="where thresholds and report go")
+
+
+def _add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="the recipe")
+    parser.add_argument("--data", metavar="DIR", default="", help="folder or URL that relative urls of data are in")
+    parser.add_argument("--teacher", metavar="URL", help="instead of [compress] teacher")
+    parser.add_argument("--output", metavar="DIR", help="instead of [compress] output")
 
 
 def _share(text: str) -> float:

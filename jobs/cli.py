@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None, *, open_engine: "OpenEngine | None" 
                 with_model = {"run": _run, "eval": _eval, "batch": _batch, "verify": _verify}
                 return with_model[verb](arguments, open_engine)
             verbs = {"plan": _plan, "status": _status, "report": _report, "cache": _cache, "doctor": _doctor}
-            return {**verbs, "bench": _bench, "models": _models, "sparsify": _sparsify}[verb](arguments)
+            of_models = {"models": _models, "sparsify": _sparsify, "compress": _compress, "bench": _bench}
+            return {**verbs, **of_models}[verb](arguments)
     except K2Error as error:
         return _fail(error.code, error.message, error.remedy, error.exit_code, as_json)
     except KeyboardInterrupt:
@@ -99,13 +100,13 @@ def _given(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from jobs.run import plan_facts, plan_job, plan_text, plan_tokens
+    from jobs.run import plan_facts, plan_job, plan_orders, plan_text, plan_tokens
 
     spec = _spec(arguments)
     plan = plan_job(spec)
-    tokens = plan_tokens(spec, plan)
-    facts = plan_facts(spec, plan, tokens)
-    _show(arguments, facts, plan_text(plan, tokens, facts["projected"]))
+    tokens, orders = plan_tokens(spec, plan), plan_orders(spec, plan)
+    facts = plan_facts(spec, plan, tokens, orders)
+    _show(arguments, facts, plan_text(plan, tokens, orders, facts["projected"]))
     return 3 if plan.rejected_files or tokens.unreadable else 0
 
 
@@ -225,6 +226,17 @@ def _sparsify(arguments: argparse.Namespace) -> int:
     sparsify.write(facts, arguments.target)
     _show(arguments, facts, sparsify.as_text(facts))
     return 0
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from jobs import compress, compress_report
+    from jobs.compress_recipe import load_recipe
+
+    given = _given({"compress": {"teacher": arguments.teacher, "output": arguments.output}})
+    recipe = load_recipe(arguments.recipe, arguments.data, given.get("compress"))
+    facts, is_done = compress.compress(recipe, say=_say)
+    _show(arguments, facts, compress_report.as_text(facts))
+    return 0 if is_done else INCOMPLETE
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -192,7 +192,7 @@ def _read(plan: Plan, manifest: Manifest, task: Task, column: str) -> Answers:
     for name in manifest.data:
         table = read_data(plan, name, names)
         values = [table[other].to_pylist() for other in names[1:]]
-        for row, (truth, said, *score) in enumerate(zip(_labels(table[column], name), *values, strict=True)):
+        for row, (truth, said, *score) in enumerate(zip(true_labels(table[column], name), *values, strict=True)):
             if truth is None:
                 continue
             if any(label not in index for label in truth) or (len(truth) != 1 and not is_many):
@@ -206,14 +206,14 @@ def _read(plan: Plan, manifest: Manifest, task: Task, column: str) -> Answers:
     if not truths:
         raise SchemaMismatch(f'column "{column}" has no label in any row', remedy="give labelled rows")
     return Answers(
-        truth=_one_hot(truths, len(index)),
-        given=_one_hot([labels or [] for labels in given], len(index)),
+        truth=one_hot(truths, len(index)),
+        given=one_hot([labels or [] for labels in given], len(index)),
         answered=np.array([labels is not None for labels in given]),
         score=None if is_many else np.array(scores, dtype=float),
     )
 
 
-def _labels(column: pa.ChunkedArray, name: str) -> list[list[str] | None]:
+def true_labels(column: pa.ChunkedArray, name: str) -> list[list[str] | None]:
     """Return the labels of each row; a lone label as a list of one. Raises: SchemaMismatch."""
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     item = column.type.value_type if is_list or pa.types.is_dictionary(column.type) else column.type
@@ -223,7 +223,8 @@ def _labels(column: pa.ChunkedArray, name: str) -> list[list[str] | None]:
     return values if is_list else [None if value is None else [value] for value in values]
 
 
-def _one_hot(rows: Sequence[Sequence[int]], width: int) -> Array:
+def one_hot(rows: Sequence[Sequence[int]], width: int) -> Array:
+    """Return rows of places as [R, width] bool."""
     out = np.zeros((len(rows), width), dtype=bool)
     for row, places in enumerate(rows):
         out[row, list(places)] = True

@@ -12,8 +12,9 @@ from k2model.keys import Keys
 from k2model.rope import RopeConfig, mscale, read_rope, rope_keys, rope_type
 from schemas.errors import CheckpointError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "kimi_k2")
-"""`model_type` values that open. SmolLM2 is `llama`, Moonlight `deepseek_v3`; `kimi_k2` computes what that does."""
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "mixtral", "gpt_oss", "deepseek_v3", "kimi_k2")
+"""`model_type` values that open. SmolLM2 is `llama`, Moonlight `deepseek_v3`; `kimi_k2` computes what that does.
+`glm4_moe`, grouped-query attention over DeepSeek-V3's experts, is what dense models are cut into."""
 
 WRAPPERS = ("kimi_k25", "kimi_vl")
 """`model_type` values whose language model stands under `text_config`; what they see of images is skipped."""
@@ -124,6 +125,8 @@ class ModelConfig:
         latent = family in ("deepseek_v3", "kimi_k2")
         attention = _latent_attention(keys) if latent else _attention(family, keys)
         dim = attention.qk_rope_head_dim if isinstance(attention, LatentAttentionConfig) else attention.head_dim
+        if family == "glm4_moe":
+            _check_rotary(keys)
         return cls(
             family=family,
             hidden_size=keys.size("hidden_size"),
@@ -132,7 +135,7 @@ class ModelConfig:
             num_hidden_layers=num_hidden_layers,
             vocab_size=keys.size("vocab_size"),
             max_position_embeddings=keys.size("max_position_embeddings"),
-            rms_norm_eps=keys.number("rms_norm_eps", 1e-5 if family in ("mixtral", "gpt_oss") else 1e-6),
+            rms_norm_eps=keys.number("rms_norm_eps", 1e-5 if family in ("mixtral", "gpt_oss", "glm4_moe") else 1e-6),
             tie_word_embeddings=keys.flag("tie_word_embeddings", False),
             rope=read_rope(keys, dim, latent and keys.flag("rope_interleave", True)),
             attention=attention,
@@ -161,7 +164,7 @@ def _unknown_family(raw: Mapping[str, Any], where: str) -> CheckpointError:
 
 def _attention(family: str, keys: Keys) -> AttentionConfig:
     heads = keys.size("num_attention_heads")
-    kv_heads = keys.size("num_key_value_heads", 4 if family == "qwen3_moe" else heads)
+    kv_heads = keys.size("num_key_value_heads", {"qwen3_moe": 4, "glm4_moe": 8}.get(family, heads))
     default_dim = {"qwen3": 128, "gpt_oss": 64}.get(family, keys.size("hidden_size") // heads)
     if heads % kv_heads:
         raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
@@ -171,10 +174,18 @@ def _attention(family: str, keys: Keys) -> AttentionConfig:
         num_key_value_heads=kv_heads,
         head_dim=keys.size("head_dim", default_dim),
         qkv_bias=family == "qwen2" or (bias and family != "mixtral"),
-        o_bias=bias and family not in ("qwen2", "mixtral"),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        o_bias=bias and family not in ("qwen2", "mixtral", "glm4_moe"),
+        qk_norm=family in ("qwen3", "qwen3_moe") or (family == "glm4_moe" and keys.flag("use_qk_norm", False)),
         sinks=family == "gpt_oss",
     )
+
+
+def _check_rotary(keys: Keys) -> None:
+    """Refuse a model that rotates only part of each head, as GLM-4.5 does; it says so in either of two places."""
+    factor = rope_keys(keys).raw.get("partial_rotary_factor", keys.raw.get("partial_rotary_factor", 0.5))
+    if factor != 1:
+        what = f"config.json has partial_rotary_factor = {factor!r} (0.5 if absent)"
+        raise CheckpointError(f"{keys.where}: {what}, and this decoder rotates whole heads: 1")
 
 
 def _latent_attention(keys: Keys) -> LatentAttentionConfig:
@@ -200,7 +211,8 @@ def _latent_attention(keys: Keys) -> LatentAttentionConfig:
 def _sliding_windows(family: str, keys: Keys, num_hidden_layers: int) -> tuple[int | None, ...]:
     switched = family in ("qwen2", "qwen3", "qwen3_moe")
     everywhere = family in ("mixtral", "qwen3_moe")
-    if family in ("llama", "deepseek_v3", "kimi_k2") or (switched and not keys.flag("use_sliding_window", False)):
+    never = family in ("llama", "deepseek_v3", "kimi_k2", "glm4_moe")
+    if never or (switched and not keys.flag("use_sliding_window", False)):
         return (None,) * num_hidden_layers
     window = keys.raw.get("sliding_window", _WINDOWS[family])
     window = None if window is None else keys.size("sliding_window", window)
@@ -225,9 +237,9 @@ def _moe(family: str, keys: Keys, num_hidden_layers: int) -> tuple[MoeConfig | N
     layers = range(num_hidden_layers)
     if family in ("llama", "qwen2", "qwen3"):
         return None, (False,) * num_hidden_layers
-    if family in ("deepseek_v3", "kimi_k2"):
-        first = int(keys.number("first_k_dense_replace", 3))
-        moe = _sigmoid_moe(keys)
+    if family in ("deepseek_v3", "kimi_k2", "glm4_moe"):
+        first = int(keys.number("first_k_dense_replace", 1 if family == "glm4_moe" else 3))
+        moe = _sigmoid_moe(family, keys)
         return moe, tuple(i >= first for i in layers)
     experts = "num_local_experts" if keys.raw.get("num_local_experts") is not None else "num_experts"
     n_routed_experts = keys.size(experts, {"qwen3_moe": 128, "mixtral": 8, "gpt_oss": 128}[family])
@@ -253,7 +265,8 @@ def _moe(family: str, keys: Keys, num_hidden_layers: int) -> tuple[MoeConfig | N
     return moe, tuple(i not in dense and (i + 1) % step == 0 for i in layers)
 
 
-def _sigmoid_moe(keys: Keys) -> MoeConfig:
+def _sigmoid_moe(family: str, keys: Keys) -> MoeConfig:
+    n_group, topk_group, factor = (1, 1, 1.0) if family == "glm4_moe" else (8, 4, 2.5)
     keys.only("scoring_func", "sigmoid")
     keys.only("topk_method", "noaux_tc")
     keys.only("moe_layer_freq", 1)
@@ -265,9 +278,9 @@ def _sigmoid_moe(keys: Keys) -> MoeConfig:
         shared_intermediate_size=width * int(keys.number("n_shared_experts", 1)),
         scoring_func="sigmoid",
         norm_topk_prob=keys.flag("norm_topk_prob", True),
-        n_group=keys.size("n_group", 8),
-        topk_group=keys.size("topk_group", 4),
-        routed_scaling_factor=keys.number("routed_scaling_factor", 2.5),
+        n_group=keys.size("n_group", n_group),
+        topk_group=keys.size("topk_group", topk_group),
+        routed_scaling_factor=keys.number("routed_scaling_factor", factor),
         correction_bias=True,
         bias=False,
         swiglu_limit=None,

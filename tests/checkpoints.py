@@ -72,6 +72,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "partial_rotary_factor": 1.0,
+    },
     "mixtral": {
         "architectures": ["MixtralForCausalLM"],
         "num_local_experts": 5,

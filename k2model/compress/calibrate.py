@@ -11,7 +11,7 @@ from torch import Tensor
 from k2model.config import ModelConfig
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_expert
 from k2model.decoder.linear import LinearReader
-from k2model.decoder.model import read_layer
+from k2model.decoder.model import Layer, read_layer
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import calibration_path
@@ -115,12 +115,7 @@ class Calibration:
         experts = _Experts(self.config, index, watching) if self.config.is_moe[index] else None
         layer = read_layer(self.config, index, reader, reader, experts)
         entering = Strength(torch.zeros(self.config.hidden_size))
-        for tokens, step in self._steps():
-            x = self.hidden[tokens]
-            h = cpu.rms_norm(x, layer.input_layernorm, layer.eps)
-            rope = cos_sin(self.config.rope, inverse_frequencies(self.config.rope), step.positions)
-            window = self.config.sliding_windows[index]
-            self.hidden[tokens] = x + layer.attention.forward(h, rope, step, window, torch.float32)
+        self.attend(index, layer)
         # Each expert is read once a block, so there is but one.
         at_once = len(self.hidden) if isinstance(layer.feed_forward, MixtureOfExperts) else _TOKENS_AT_ONCE
         for block in self.hidden.split(at_once):
@@ -136,6 +131,15 @@ class Calibration:
                 elif name not in strengths:
                     strengths[name] = torch.zeros(parameter.shape[1])
         return strengths
+
+    def attend(self, index: int, layer: Layer) -> None:
+        """Move the hidden states through the attention of `layer`, which is layer `index`."""
+        for tokens, step in self._steps():
+            x = self.hidden[tokens]
+            h = cpu.rms_norm(x, layer.input_layernorm, layer.eps)
+            rope = cos_sin(self.config.rope, inverse_frequencies(self.config.rope), step.positions)
+            window = self.config.sliding_windows[index]
+            self.hidden[tokens] = x + layer.attention.forward(h, rope, step, window, torch.float32)
 
     def _steps(self) -> Iterator[tuple[Tensor, Step]]:
         """Yield every step, and where its tokens stand among all."""

@@ -6,10 +6,10 @@ that was killed goes on at the layer it was in and makes the same bytes.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -198,14 +198,20 @@ def _hidden_name(index: int) -> str:
     return f"hidden-{index:05d}"
 
 
-def _config_json(conversion: Conversion) -> dict[str, object]:
-    """Return config.json of the conversion: the language model's own, which needs nobody's Python code."""
+def hub_config(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the language model's own `config_json`, without quantization or dtype: it needs nobody's Python code."""
     left_out = ("quantization_config", "compression_config", "auto_map", "dtype")
-    config = {k: v for k, v in text_config(conversion.source.config_json()).items() if k not in left_out}
+    config = {k: v for k, v in text_config(config_json).items() if k not in left_out}
     if config["model_type"] == "kimi_k2":  # the same computation, under the name that needs no code of its own
         config["model_type"] = "deepseek_v3"
     # GGUF names no class, and vLLM's guess for Qwen3 is an embedding model; Kimi's own class needs its makers' code.
     config["architectures"] = [_ARCHITECTURES[str(config["model_type"])]]
+    return config
+
+
+def _config_json(conversion: Conversion) -> dict[str, object]:
+    """Return config.json of the conversion."""
+    config = hub_config(conversion.source.config_json())
     linears = [p for p in parameters(conversion.config) if p.is_linear]
     int4 = [p for p in linears if conversion.int4 == "keep" and _linear_storage(conversion, p) == "int4"]
     group_size = conversion.weights.scheme.int4_group_size
@@ -235,6 +241,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",

@@ -7,7 +7,6 @@ by the share of its droppable slots (all but each token's strongest) that it dro
 Legend: L layers, T tokens, A experts per token.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from k2model.config import ModelConfig
 from k2model.decoder.feed_forward import MixtureOfExperts, Router
 from k2model.decoder.model import Decoder
+from k2model.flops import token_flops
 from k2model.formats.checkpoint import check_router_thresholds
-from k2model.parameters import layer_parameters
 
 _BINS = 10_000
 """Thresholds are rounded up to whole bins, so a report says them exactly."""
@@ -73,12 +72,28 @@ class _WatchedRouter(Router):
 def with_thresholds(decoder: Decoder, thresholds: Sequence[float]) -> Decoder:
     """Return `decoder` with the router threshold of each layer, 1 where nothing is dropped; itself without any.
 
+    Its routers count what they drop, for `dropped_experts`.
+
     Raises: SpecError if the model has no experts, or another number of layers.
     """
     if not thresholds:
         return decoder
     check_router_thresholds(decoder.config, "the checkpoint", len(thresholds))
-    return _with_routers(decoder, lambda index, router: replace(router, threshold=thresholds[index]))
+    dropped: list[Tensor] = []
+
+    def change(index: int, router: Router) -> Router:
+        if not dropped:
+            dropped.append(torch.zeros((), dtype=torch.int64, device=router.weight.device))
+        return replace(router, threshold=thresholds[index], dropped=dropped[0])
+
+    return _with_routers(decoder, change)
+
+
+def dropped_experts(decoder: Decoder) -> int:
+    """Return how many experts of tokens were dropped since `decoder` got its thresholds; waits for the device."""
+    moes = (layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, MixtureOfExperts))
+    first = next(moes, None)
+    return 0 if first is None or first.router.dropped is None else int(first.router.dropped)
 
 
 def watched(decoder: Decoder) -> tuple[Decoder, dict[int, Routing]]:
@@ -157,15 +172,9 @@ class Search:
 
 
 def flops_per_token(config: ModelConfig, routings: dict[int, Routing]) -> dict[str, float]:
-    """Return FLOPs of a token's routed experts, and of all its linears; neither attention over keys nor the head."""
+    """Return FLOPs of a token's routed experts, and of all that `token_flops` counts."""
     assert config.moe is not None
-    experts = others = 0.0
-    for index in range(config.num_hidden_layers):
-        for parameter in layer_parameters(config, index):
-            if parameter.role == "expert":
-                routing = routings[index]
-                used = routing.slots / max(routing.tokens, 1)
-                experts += 2 * math.prod(parameter.shape) * used / config.moe.n_routed_experts
-            elif parameter.is_linear or parameter.role == "router":
-                others += 2 * math.prod(parameter.shape)
-    return {"experts": experts, "model": experts + others}
+    flops = token_flops(config)
+    routed = config.moe.num_experts_per_tok * flops["expert"] * sum(config.is_moe)
+    experts = flops["expert"] * sum(routing.slots / max(routing.tokens, 1) for routing in routings.values())
+    return {"experts": experts, "model": flops["token"] - routed + experts}

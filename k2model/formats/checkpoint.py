@@ -156,8 +156,10 @@ def wanted_files(folder: Folder) -> list[str]:
     return sorted(small | set(shards.shard_files(folder)))
 
 
-def fingerprint(name: str, precision: str, router_thresholds: Sequence[float] = ()) -> str:
+def fingerprint(name: str, precision: str, router_thresholds: Sequence[float] = (), device: str = "cpu") -> str:
     """Return 16 hex digits that name the weights, the conversion and how they are computed: same digits, same bits.
+
+    Cards of one kind, that is: another compute capability may sum in another order.
 
     Reads every byte of the checkpoint, but loads no model. Raises: CheckpointError; SpecError for thresholds of another
     model.
@@ -167,6 +169,8 @@ def fingerprint(name: str, precision: str, router_thresholds: Sequence[float] = 
     if router_thresholds:
         check_router_thresholds(source.config(), name, len(router_thresholds))
         digest.update(json.dumps(list(router_thresholds)).encode())
+    if device != "cpu":
+        digest.update(device.encode())
     for path in source.files():
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())

@@ -59,6 +59,15 @@ class ShardWriter:
         self._part.replace(self._path)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` as one safetensors file, which appears when it is whole."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    infos = {name: TensorInfo(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with ShardWriter(path, infos) as shard:
+        for name, tensor in tensors.items():
+            shard.write(name, tensor.detach().cpu())
+
+
 def write_index(folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """Write the index of `shards`, file name to the tensors in it, beside them."""
     total = sum(_nbytes(info) for infos in shards.values() for info in infos.values())

@@ -1,0 +1,256 @@
+"""Tickets and labels of a recipe, as prompts that a model learns from: the very prompts that a run would render.
+
+A batch is of one set and one task. Its instructions may list other labels than the batch before, in another order, so
+that a student learns to read them. Which rows and labels batch `step` has depends on the seed and the step alone, so
+training that was interrupted goes on as if it had not been.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+from jobs.compress_recipe import DataSet, DataTask, Recipe, read_columns_of
+from jobs.evaluate import true_labels
+from k2model.compress.examples import Batch, Example
+from k2model.tokenizer import Tokenizer
+from pipelines import storage
+from pipelines.annotate import row_texts
+from pipelines.prompts import Prompts
+from schemas.errors import PromptTooLong, RowError, SchemaMismatch
+from schemas.runs import Task, digest
+
+WATCHED = 0.05
+"""Share of the rows to learn from that watch a training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A ticket, and the places of its labels among the task's; None where nobody said."""
+
+    text: str
+    truth: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One task of one set: rows to learn from, and rows held back."""
+
+    name: str
+    """`set/task`."""
+    data: DataTask
+    weight: float
+    rows: tuple[Row, ...]
+    watched: tuple[Row, ...]
+    """Of the rows to learn from, those that say instead when a training is at its best: what is reported must not."""
+    held_back: tuple[Row, ...]
+    """Each with a truth. No text is in two of these three."""
+    left_out: dict[str, int]
+    """Reason to rows that were not used."""
+
+    @property
+    def task(self) -> Task:
+        """The task, with all its labels."""
+        return self.data.task
+
+
+def read_questions(recipe: Recipe) -> list[Question]:
+    """Return every task of every set, with its rows. Raises: SchemaMismatch, naming file and row; SpecError."""
+    return [_question(recipe, each, data) for each in recipe.data for data in each.tasks]
+
+
+def _question(recipe: Recipe, dataset: DataSet, data: DataTask) -> Question:
+    name, left_out = f"{dataset.name}/{data.task.name}", Counter[str]()
+    rows = list(_read(dataset.urls, dataset, data, left_out))
+    draw = random.Random(name)  # without the seed: those of other seeds are judged by the same rows
+    if dataset.validation:
+        held_back = list(_read(dataset.validation, dataset, data, left_out))
+        judged = {row.text for row in held_back}
+        learned = [row for row in rows if row.text not in judged]
+        left_out["held back, too"] = len(rows) - len(learned)
+    else:
+        held_back, learned = _split(rows, dataset.held_back, draw)
+    watched, learned = _split(learned, WATCHED, draw)
+    held_back = [row for row in held_back if row.truth is not None]
+    if dataset.urls and not learned:
+        raise SchemaMismatch(f"{name}: no row is left to learn from", remedy="give more [[data]] urls")
+    return Question(
+        name=name,
+        data=data,
+        weight=dataset.weight / len(dataset.tasks),
+        rows=_some(learned, dataset.rows, draw),
+        watched=_some(watched, recipe.validation_rows, draw),
+        held_back=_some(held_back, recipe.validation_rows, draw),
+        left_out={reason: count for reason, count in left_out.items() if count},
+    )
+
+
+def _split(rows: Sequence[Row], share: float, draw: random.Random) -> tuple[list[Row], list[Row]]:
+    """Return the rows of `share` of the labelled texts, and the others. A text that occurs twice is on one side."""
+    texts = list(dict.fromkeys(row.text for row in rows if row.truth is not None))
+    chosen = set(draw.sample(texts, max(1, round(len(texts) * share))) if texts else ())
+    return [row for row in rows if row.text in chosen], [row for row in rows if row.text not in chosen]
+
+
+def _some(rows: Sequence[Row], most: int, draw: random.Random) -> tuple[Row, ...]:
+    return tuple(draw.sample(rows, most) if most and len(rows) > most else rows)
+
+
+def _read(urls: Iterable[str], dataset: DataSet, data: DataTask, left_out: Counter[str]) -> Iterable[Row]:
+    """Yield the rows of files that have a text, counting those that have none."""
+    places = {label: place for place, label in enumerate(data.task.labels)}
+    for url in (each for pattern in urls for each in storage.find(pattern)):
+        table = read_columns_of(url, [data.truth] if data.truth else [], dataset.columns)
+        truths = true_labels(table[data.truth], url) if data.truth else [None] * table.num_rows
+        for number, (text, labels) in enumerate(zip(row_texts(table, dataset.columns), truths, strict=True)):
+            if isinstance(text, RowError):
+                left_out[text.code] += 1
+                continue
+            if labels is not None and not _is_answer(labels, places, data.task):
+                raise SchemaMismatch(
+                    f'{url} row {number}: column "{data.truth}" has {labels}, which task "{data.task.name}" does not '
+                    "know",
+                    remedy=f"known: {', '.join(places)}"[:500],
+                )
+            yield Row(text, None if labels is None else tuple(places[label] for label in labels))
+
+
+def _is_answer(labels: Sequence[str], places: dict[str, int], task: Task) -> bool:
+    return all(label in places for label in labels) and (len(labels) == 1 or task.kind == "choose_many")
+
+
+class Batches:
+    """Batches of all questions for one tokenizer: what the steps that train are given (`TrainingData`)."""
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        batch_rows: int,
+        max_prompt_tokens: int,
+        is_labelled: bool,
+    ) -> None:
+        """Find out which rows fit.
+
+        Args:
+            questions: what is learned.
+            tokenizer: of the model that learns; the ids of a batch are its.
+            seed: decides which rows and labels a batch has.
+            batch_rows: rows of a batch at most.
+            max_prompt_tokens: rows whose prompt is longer, all labels listed, are left out.
+            is_labelled: whether rows without a label are, too.
+
+        Raises: SchemaMismatch if no row is left; SpecError if the instructions alone are too long.
+        """
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._batch_rows = batch_rows
+        self._max_prompt_tokens = max_prompt_tokens
+        self._is_labelled = is_labelled
+        self._questions = [each for each in map(self._fitting, questions) if each is not None]
+        if not self._questions:
+            raise SchemaMismatch(
+                f"no row{' with a label' if is_labelled else ''} has a prompt of {max_prompt_tokens} tokens at most",
+                remedy="raise [compress] max_prompt_tokens, or give more [[data]]",
+            )
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+
+    @cached_property
+    def digest(self) -> str:
+        """What names the rows, the prompts, the batch sizes and the seed."""
+        prompts = [self._batch(each, 0).examples[0].prompt_ids for each in self._questions]
+        rows = [asdict(each) for each in self._questions]
+        return digest([rows, prompts, self._seed, self._batch_rows, self._max_prompt_tokens])
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the batches of epoch `number`: of every question as many rows as it has, times its weight."""
+        counts = [max(1, round(len(each.rows) * each.weight / self._batch_rows)) for each in self._questions]
+        order = [(index, number * count + k) for index, count in enumerate(counts) for k in range(count)]
+        random.Random(f"{self._seed} epoch {number}").shuffle(order)
+        for index, place in order:
+            yield self._batch(self._questions[index], place)
+
+    def validation(self) -> list[Batch]:
+        """Return the rows that watch, all labels listed in the task's order, as a run lists them."""
+        found = []
+        for question in self._questions:
+            prompts = self._prompts(question.task)
+            for start in range(0, len(question.watched), self._batch_rows):
+                rows = question.watched[start : start + self._batch_rows]
+                label = start // self._batch_rows % len(question.task.labels)
+                found.append(_batch(prompts, question.task, rows, label))
+        return found
+
+    def _batch(self, question: Question, place: int) -> Batch:
+        """Return batch `place` of a question. Its rows come in an order that is drawn anew when all were had."""
+        draw = random.Random(f"{self._seed} {question.name} {place}")
+        total, size = len(question.rows), min(self._batch_rows, len(question.rows))
+        rows = [
+            question.rows[self._order(question, at // total)[at % total]]
+            for at in range(place * size, (place + 1) * size)
+        ]
+        task, rows = _sampled(question, rows, draw)
+        return _batch(self._prompts(task), task, rows, draw.randrange(len(task.labels)))
+
+    def _order(self, question: Question, time: int) -> list[int]:
+        """Return the order in which the rows are had for the `time`-th time; the last one is kept."""
+        if self._orders.get(question.name, (-1, []))[0] != time:
+            order = list(range(len(question.rows)))
+            random.Random(f"{self._seed} {question.name} order {time}").shuffle(order)
+            self._orders[question.name] = time, order
+        return self._orders[question.name][1]
+
+    def _prompts(self, task: Task) -> Prompts:
+        return Prompts([task], self._tokenizer, self._max_prompt_tokens)
+
+    def _fitting(self, question: Question) -> Question | None:
+        """Return the question with the rows that can be learned from; None if there are none."""
+        prompts = self._prompts(question.task)
+        rows, watched = (
+            tuple(row for row in side if _fits(prompts, row.text) and (row.truth is not None or not self._is_labelled))
+            for side in (question.rows, question.watched)
+        )
+        if not rows:
+            return None
+        return replace(question, rows=rows, watched=watched, held_back=())
+
+
+def _fits(prompts: Prompts, text: str) -> bool:
+    try:
+        return bool(prompts.requests(text))
+    except PromptTooLong:
+        return False
+
+
+def _sampled(question: Question, rows: Sequence[Row], draw: random.Random) -> tuple[Task, list[Row]]:
+    """Return the task with some of its labels in a random order, those of `rows` among them, and the rows likewise."""
+    most, labels = question.data.label_sample, list(question.task.labels.items())
+    if not most:
+        return question.task, list(rows)
+    needed = sorted({place for row in rows for place in row.truth or ()})
+    others = [place for place in range(len(labels)) if place not in needed]
+    fewest = max(2, len(needed))
+    count = draw.randint(fewest, max(fewest, min(most, len(labels))))
+    chosen = needed + draw.sample(others, count - len(needed))
+    draw.shuffle(chosen)
+    new = {place: number for number, place in enumerate(chosen)}
+    truths = [None if row.truth is None else tuple(new[place] for place in row.truth) for row in rows]
+    task = replace(question.task, labels=dict(labels[place] for place in chosen))
+    return task, [replace(row, truth=truth) for row, truth in zip(rows, truths, strict=True)]
+
+
+def _batch(prompts: Prompts, task: Task, rows: Sequence[Row], label: int) -> Batch:
+    """Return `rows` as examples: which label, or, for `choose_many`, whether `label`, yes or no."""
+    examples = []
+    for row in rows:
+        (request,) = prompts.requests(row.text)
+        candidates, truth = request.candidates, None
+        if task.kind == "choose_many":
+            candidates = candidates[2 * label : 2 * label + 2]
+        if row.truth is not None:
+            truth = row.truth[0] if task.kind == "choose" else int(label not in row.truth)
+        examples.append(Example(request.prompt_ids, request.num_prefix_tokens, candidates, truth))
+    return Batch(tuple(examples))

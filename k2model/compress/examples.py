@@ -1,0 +1,131 @@
+"""What a model is trained on: prompts as a run renders them, with the answers they could be given. No torch, no text.
+
+Legend: P forks, C tokens that may follow one.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from k2model.decoder.branches import Branches
+from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
+from k2model.engine.request import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question about one ticket. Several tasks of a ticket are several examples."""
+
+    prompt_ids: tuple[int, ...]
+    num_prefix_tokens: int
+    """The first tokens of the prompt, which all examples of a batch share: instructions."""
+    candidates: tuple[Candidate, ...]
+    """Every answer that may be given, in a fixed order."""
+    truth: int | None
+    """The index of the right one; None for a ticket without a label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples that share their instructions, which are computed once, and their candidates."""
+
+    examples: tuple[Example, ...]
+
+    def __post_init__(self) -> None:
+        first = self.examples[0]
+        for example in self.examples:
+            if example.prompt_ids[: example.num_prefix_tokens] != self.prefix_ids:
+                raise ValueError("examples of a batch begin with the same num_prefix_tokens tokens")
+            if len(example.prompt_ids) <= example.num_prefix_tokens:
+                raise ValueError(f"{example.num_prefix_tokens=} must leave a token of {len(example.prompt_ids)=}")
+            if example.candidates != first.candidates:
+                raise ValueError("examples of a batch have the same candidates")
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens all prompts begin with."""
+        return self.examples[0].prompt_ids[: self.examples[0].num_prefix_tokens]
+
+    @property
+    def tree(self) -> CandidateTree:
+        """The candidates as one tree. Raises: ValueError as `candidate_tree`."""
+        return candidate_tree(self.examples[0].candidates)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts, those of the instructions once."""
+        return len(self.prefix_ids) + sum(len(e.prompt_ids) - e.num_prefix_tokens for e in self.examples)
+
+
+class TrainingData(Protocol):
+    """Where batches come from. The same batches in the same order whenever it is asked: a step may be resumed."""
+
+    @property
+    def digest(self) -> str:
+        """What names the rows, the prompts, the batch sizes and the seed: a step is resumed only with the same."""
+        ...
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yield the training batches of epoch `number`, 0 and up, in an order of its own; at least one."""
+        ...
+
+    def validation(self) -> Sequence[Batch]:
+        """Return the held-back batches, none of whose rows is trained on; may be empty."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Forks:
+    """The forks of a candidate tree that one example is asked at. Known by its identity."""
+
+    branches: Branches
+    """Tokens computed behind the prompt."""
+    parents: tuple[int, ...]
+    """[P] the branch, or ROOT, behind which each fork stands."""
+    targets: tuple[tuple[int, ...], ...]
+    """[P] the tokens that may follow."""
+    truths: tuple[int, ...]
+    """[P] which of them the right answer takes; -1 where it does not pass."""
+    ways: tuple[tuple[tuple[int, int], ...], ...]
+    """[P] the forks before, and the slot taken at each: how likely the fork is reached. Empty on one answer's way."""
+
+
+@functools.lru_cache(maxsize=4096)
+def whole_tree(tree: CandidateTree, truth: int | None = None) -> Forks:
+    """Return every fork of `tree`."""
+    truths = [-1] * len(tree.parents)
+    ways: list[tuple[tuple[int, int], ...]] = [()] * len(tree.parents)
+    passed: dict[int, tuple[tuple[int, int], ...]] = {}
+    for candidate, fork, slot in sorted(tree.edges):
+        ways[fork] = passed.get(candidate, ())
+        passed[candidate] = (*ways[fork], (fork, slot))
+        if candidate == truth:
+            truths[fork] = slot
+    return Forks(tree.branches, tree.parents, tree.targets, tuple(truths), tuple(ways))
+
+
+@functools.lru_cache(maxsize=4096)
+def path_to(tree: CandidateTree, candidate: int) -> Forks:
+    """Return the forks that `candidate` passes: its log-probability is the sum over these, without any other's tokens.
+
+    One or two tokens behind the prompt in place of a whole tree, of 77 labels 60 and more.
+    """
+    passed = sorted((fork, slot) for owner, fork, slot in tree.edges if owner == candidate)
+    ancestors = [
+        sorted(tree.branches.ancestors[tree.parents[fork]]) for fork, _ in passed if tree.parents[fork] != ROOT
+    ]
+    chain = ancestors[-1] if ancestors else []
+    branches = Branches(
+        token_ids=tuple(tree.branches.token_ids[branch] for branch in chain),
+        depths=tuple(tree.branches.depths[branch] for branch in chain),
+        ancestors=tuple(frozenset(range(end)) for end in range(1, len(chain) + 1)),
+    )
+    place = {branch: number for number, branch in enumerate(chain)} | {ROOT: ROOT}
+    return Forks(
+        branches=branches,
+        parents=tuple(place[tree.parents[fork]] for fork, _ in passed),
+        targets=tuple(tree.targets[fork] for fork, _ in passed),
+        truths=tuple(slot for _, slot in passed),
+        ways=((),) * len(passed),
+    )

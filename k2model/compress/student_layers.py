@@ -1,0 +1,251 @@
+"""The layers of a model that is trained, and the packing of its batches. Plain PyTorch; names are the checkpoint's.
+
+Sums are in the engine's order (k2model/decoder/step.py), so that with INT8 products a forward pass gives the bits that
+the engine will give. Rows are picked by index_select: the gradient of x[index] adds up in the order its threads come.
+
+Legend: T packed tokens, D hidden_size, H heads, G key-value heads, B sequences of a group.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from k2model.compress.examples import Batch, Forks
+from k2model.compress.quantize import quantize_weight
+from k2model.config import AttentionConfig, ModelConfig
+from k2model.decoder.step import KeyValues, PrefillGroup, Span, Step
+from kernels import cpu, ops
+
+Product = Callable[[Tensor, Sequence[nn.Linear]], Tensor]
+"""Returns x [T, K] times each of several linears that share it, outputs side by side [T, sum of N] float32."""
+
+
+def float32_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+    """Return the product in float32."""
+    return functional.linear(x, *_joined(linears))
+
+
+def bfloat16_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+    """Return the product of bfloat16 values; weights stay float32 where they are learned."""
+    weight, bias = _joined(linears)
+    y = functional.linear(x.bfloat16(), weight.bfloat16()).float()
+    return y if bias is None else y + bias
+
+
+def int8_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+    """Return the product as an INT8 checkpoint's engine computes it, to the bit; gradients pass the rounding."""
+    return _applied(_Int8Product, x, *_joined(linears))
+
+
+class _Int8Product(torch.autograd.Function):
+    """W8A8 as k2model/decoder/linear.py; backward is that of the float product of the rounded values.
+
+    Source: straight-through estimator, arXiv 1308.3432. Scales are absmax, so nothing is clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x_int8, x_scale = ops.quantize_rows(x)
+        weight_int8, weight_scale = quantize_weight(weight)
+        ctx.save_for_backward(x_int8, x_scale, weight_int8, weight_scale)
+        return ops.int8_linear(x_int8, x_scale, weight_int8, weight_scale.squeeze(1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_int8, x_scale, weight_int8, weight_scale = ctx.saved_tensors
+        (grad,) = grads
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            grad @ (weight_int8.float() * weight_scale) if needs_x else None,
+            grad.t() @ (x_int8.float() * x_scale[:, None]) if needs_weight else None,
+            grad.sum(dim=0) if needs_bias else None,
+        )
+
+
+class _Bfloat16(torch.autograd.Function):
+    """Values rounded to bfloat16, which an INT8 checkpoint's embeddings are; gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _Swiglu(torch.autograd.Function):
+    """silu(gate) * up as the engine computes it, with what it takes in alone kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return cpu.swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        share = cpu.sigmoid(gate)
+        silu = share * gate
+        return torch.cat([grads[0] * up * (share + silu * (1 - share)), grads[0] * silu], dim=-1)
+
+
+def rows_of(table: Tensor, token_ids: Tensor, product: Product) -> Tensor:
+    """Return rows [T, D] of an embedding, rounded as the checkpoint that `product` is for stores them."""
+    rows = functional.embedding(token_ids, table)
+    return _applied(_Bfloat16, rows) if product is int8_product else rows
+
+
+def _applied(function: Any, *inputs: Tensor | None) -> Tensor:
+    y: Tensor = function.apply(*inputs)
+    return y
+
+
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None
+
+
+def _with_zero_row(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+
+
+class Group:
+    """Sequences whose prompts begin in the same tile: where each of their tokens stands for attention."""
+
+    def __init__(self, group: PrefillGroup, prefix: slice, num_tokens: int, device: torch.device) -> None:
+        """Lay out `group`; `prefix` are the packed tokens that its sequences with a past begin with."""
+        self._group, self._device = group, device
+        self.tokens = group.tokens
+        self._tiles: dict[int | None, list[tuple[int, Tensor]]] = {}
+        self._query_rows = group.query_rows.to(device)
+        queries = torch.full((len(group.spans) * group.num_slots,), len(group.owner))
+        queries[group.query_rows] = torch.arange(len(group.owner))
+        self._queries = queries.to(device)
+        keys = torch.full((len(group.spans), group.capacity), num_tokens)
+        for row, span in enumerate(group.spans):
+            keys[row, : span.start] = torch.arange(prefix.start, prefix.start + span.start)
+        keys[group.owner, group.slots] = torch.arange(group.tokens.start, group.tokens.stop)
+        self._keys = keys.flatten().to(device)
+
+    def attend(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None) -> Tensor:
+        """Return [tokens of the group, H * head_dim] for queries q [T, H, head_dim] and kv [T, G, 2 * head_dim]."""
+        batch = len(self._group.spans)
+        spread = _with_zero_row(q[self.tokens]).index_select(0, self._queries)
+        keys_values = _with_zero_row(kv).index_select(0, self._keys).view(batch, self._group.capacity, *kv.shape[1:])
+        k, v = keys_values.transpose(1, 2).contiguous().split(config.head_dim, dim=-1)
+        by_slot = spread.view(batch, self._group.num_slots, *q.shape[1:]).transpose(1, 2)
+        attended = cpu.tiled_attention(by_slot, k, v, self._tiles_of(window), config.softmax_scale)
+        return attended.flatten(0, 1).index_select(0, self._query_rows).flatten(1)
+
+    def _tiles_of(self, window: int | None) -> list[tuple[int, Tensor]]:
+        if window not in self._tiles:
+            tiles = self._group.tiles(window)
+            self._tiles[window] = [(tile.count, tile.bias.to(self._device)) for tile in tiles]
+        return self._tiles[window]
+
+
+class Packed:
+    """A batch as one pass: the instructions once, then each example's own tokens and branches, without padding."""
+
+    def __init__(self, batch: Batch, forks: Sequence[Forks], device: torch.device) -> None:
+        """Pack `batch`, each example with the branches of its `forks`."""
+        prefix = batch.prefix_ids
+        past = (KeyValues([torch.empty(1, len(prefix), 0)], 0),) if prefix else ()
+        spans = [Span(prefix)] if prefix else []
+        for example, asked in zip(batch.examples, forks, strict=True):
+            spans.append(Span(example.prompt_ids[len(prefix) :], past, asked.branches))
+        step = Step(spans)
+        self.token_ids, self.positions = step.token_ids.to(device), step.positions.to(device)
+        self.groups = [Group(group, step.rows[0], len(step.token_ids), device) for group in step.prefill]
+        own = zip(step.rows[len(spans) - len(forks) :], spans[len(spans) - len(forks) :], strict=True)
+        self.ends = torch.tensor([rows.start + len(span.token_ids) for rows, span in own])
+        """[examples] the packed place behind each prompt, where its branches begin."""
+
+
+class Norm(nn.Module):
+    """RMSNorm."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` [*, size], normed."""
+        return cpu.rms_norm(x, self.weight, self._eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention."""
+
+    def __init__(self, config: AttentionConfig, d: int, eps: float) -> None:
+        super().__init__()
+        self._config = config
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(d, q, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q, d, bias=config.o_bias)
+        self.q_norm = Norm(config.head_dim, eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, eps) if config.qk_norm else None
+
+    def forward(
+        self, h: Tensor, rope: tuple[Tensor, Tensor], packed: Packed, window: int | None, product: Product
+    ) -> Tensor:
+        """Return [T, D] for normed `h` [T, D]."""
+        config = self._config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = product(h, [self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = qkv.view(len(h), -1, config.head_dim).split([heads, kv_heads, kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, kv = _rotated(q, *rope), torch.cat([_rotated(k, *rope), v], dim=-1)
+        return product(torch.cat([group.attend(q, kv, config, window) for group in packed.groups]), [self.o_proj])
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward."""
+
+    def __init__(self, d: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d, width, bias=bias)
+        self.up_proj = nn.Linear(d, width, bias=bias)
+        self.down_proj = nn.Linear(width, d, bias=bias)
+
+    def forward(self, h: Tensor, product: Product) -> Tensor:
+        """Return [T, D] for normed `h` [T, D]."""
+        return product(_applied(_Swiglu, product(h, [self.gate_proj, self.up_proj])), [self.down_proj])
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, pre-norm, with residuals."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.attention, AttentionConfig)
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = Norm(d, eps)
+        self.self_attn = Attention(config.attention, d, eps)
+        self.post_attention_layernorm = Norm(d, eps)
+        self.mlp = FeedForward(d, config.intermediate_size, config.mlp_bias)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], packed: Packed, window: int | None, product: Product
+    ) -> Tensor:
+        """Return the layer's output [T, D] for `x` [T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, packed, window, product)
+        hidden: Tensor = x + self.mlp(self.post_attention_layernorm(x), product)
+        return hidden
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return what cpu.apply_rope does, which writes in place and so has no gradient."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,206 @@
+"""What a student learns from: prompts of a run to the token, other labels each time, no row on two sides."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from jobs.compress_data import Batches, Question, read_questions
+from jobs.compress_recipe import DataSet, DataTask, Recipe
+from k2model.compress.examples import Batch, Example
+from pipelines.prompts import Prompts
+from schemas.errors import SchemaMismatch
+from schemas.runs import Task
+from schemas.tickets import TicketColumns
+from tests.fakes import fake_tokenizer, write_tickets
+
+LABELS = ("card", "cash", "transfer", "refund", "limit", "age")
+INTENT = Task(name="intent", kind="choose", labels=dict.fromkeys(LABELS, ""))
+TOPICS = Task(name="topics", kind="choose_many", labels=dict.fromkeys(LABELS, ""))
+TOKENIZER = fake_tokenizer()
+
+
+def table(rows: int = 60) -> pa.Table:
+    return pa.table(
+        {
+            "id": [str(i) for i in range(rows)],
+            "text": [f"ticket {i} about {LABELS[i % 6]}" for i in range(rows)],
+            "label": [LABELS[i % 6] for i in range(rows)],
+            "labels": [[LABELS[j] for j in range(6) if (i >> j) & 1] for i in range(rows)],
+        }
+    )
+
+
+def recipe(tmp_path: Path, task: Task = INTENT, *, label_sample: int = 0, truth: str = "label", **more: Any) -> Recipe:
+    dataset = DataSet(
+        name="bank",
+        urls=(str(tmp_path / "train.parquet"),),
+        validation=(),
+        held_back=0.2,
+        columns=TicketColumns(id="id", text=("text",)),
+        weight=1.0,
+        rows=0,
+        tasks=(DataTask(task=task, truth=truth, label_sample=label_sample),),
+    )
+    return Recipe(
+        teacher="t",
+        output="o",
+        seed=0,
+        seeds=1,
+        max_prompt_tokens=2048,
+        validation_rows=500,
+        speed_rows=0,
+        data=(replace(dataset, **more),),
+        steps=(),
+    )
+
+
+def question(tmp_path: Path, *arguments: Any, rows: pa.Table | None = None, **options: Any) -> Question:
+    write_tickets(tmp_path, "train.parquet", table() if rows is None else rows)
+    (found,) = read_questions(recipe(tmp_path, *arguments, **options))
+    return found
+
+
+def batches(*questions: Question, **options: Any) -> Batches:
+    given = {"seed": 0, "batch_rows": 4, "max_prompt_tokens": 2048, "is_labelled": False, **options}
+    return Batches(questions, TOKENIZER, **given)
+
+
+def body(example: Example) -> str:
+    """Return the ticket in a prompt."""
+    return TOKENIZER.decode(example.prompt_ids[example.num_prefix_tokens :]).partition("\n")[0]
+
+
+def answer(example: Example) -> str:
+    """Return the words of the right answer."""
+    assert example.truth is not None
+    return TOKENIZER.decode(example.candidates[example.truth].token_ids)
+
+
+def listed(batch: Batch) -> list[str]:
+    """Return the labels that the instructions list."""
+    lines = TOKENIZER.decode(batch.prefix_ids).splitlines()
+    return [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+
+
+def test_prompts_are_those_of_a_run_and_truths_are_theirs(tmp_path: Path) -> None:
+    asked = question(tmp_path)
+    truth_of = {row.text: row.truth for row in asked.rows}
+    prompts = Prompts([INTENT], TOKENIZER, 2048)
+    for batch in batches(asked).epoch(0):
+        for example in batch.examples:
+            (request,) = prompts.requests(body(example))
+            assert (example.prompt_ids, example.candidates) == (request.prompt_ids, request.candidates)
+            assert (example.truth,) == truth_of[body(example)]
+            assert body(example).endswith(f"about {answer(example)}")
+
+
+def test_no_text_is_on_two_sides_and_every_row_is_had_each_epoch(tmp_path: Path) -> None:
+    twice = pa.concat_tables([table(), table()])
+    asked = question(tmp_path, rows=twice)
+    sides = [{row.text for row in side} for side in (asked.rows, asked.watched, asked.held_back)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 60
+    assert len(sides[2]) == 12
+    for epoch in (0, 1, 7):
+        had = [body(example) for batch in batches(asked).epoch(epoch) for example in batch.examples]
+        assert sorted(had) == sorted(row.text for row in asked.rows)
+    assert {body(e) for batch in batches(asked).validation() for e in batch.examples} == sides[1]
+
+
+def test_files_of_their_own_judge_and_what_is_in_both_is_not_learned(tmp_path: Path) -> None:
+    write_tickets(tmp_path, "validation.parquet", table(20))
+    asked = question(tmp_path, validation=(str(tmp_path / "validation.parquet"),))
+    assert len(asked.held_back) == 20
+    assert asked.left_out == {"held back, too": 20}
+    assert len(asked.rows) + len(asked.watched) == 40
+
+
+def test_a_sample_of_labels_holds_the_truths_in_an_order_of_its_own(tmp_path: Path) -> None:
+    asked = question(tmp_path, label_sample=5)
+    lists, firsts = [], []
+    for batch in batches(asked, batch_rows=2).epoch(0):
+        labels = listed(batch)
+        lists.append(tuple(labels))
+        firsts.append(labels[0] in {answer(example) for example in batch.examples})
+        assert 2 <= len(labels) == len(set(labels)) <= 5
+        assert len(batch.examples[0].candidates) == len(labels)
+        for example in batch.examples:
+            assert body(example).endswith(f"about {answer(example)}")
+            assert answer(example) in labels
+    assert len(set(lists)) > len(lists) / 2
+    assert not all(firsts)  # the place must not tell
+    assert {len(labels) for labels in lists} > {2}
+    assert all(tuple(listed(batch)) == LABELS for batch in batches(asked).validation())
+
+
+def test_choose_many_asks_one_label_a_batch_yes_or_no(tmp_path: Path) -> None:
+    asked = question(tmp_path, TOPICS, truth="labels")
+    truth_of = {row.text: row.truth for row in asked.rows}
+    seen = set()
+    for batch in (*batches(asked).epoch(0), *batches(asked).epoch(1)):
+        for example in batch.examples:
+            label, _, said = answer(example).partition(": ")
+            seen.add((label, said))
+            assert (said == "yes") == (LABELS.index(label) in (truth_of[body(example)] or ()))
+            assert len(example.candidates) == 2
+    assert len(seen) == 12
+
+
+def test_rows_without_a_label_are_for_distilling_alone(tmp_path: Path) -> None:
+    labels = [LABELS[i % 6] if i % 2 else None for i in range(60)]
+    some = table().set_column(2, "label", pa.array(labels))
+    asked = question(tmp_path, rows=some)
+    every, labelled = (list(batches(asked, is_labelled=flag).epoch(0)) for flag in (False, True))
+    assert any(example.truth is None for batch in every for example in batch.examples)
+    assert all(example.truth is not None for batch in labelled for example in batch.examples)
+    assert all(row.truth is not None for row in asked.held_back)
+    unlabelled = question(tmp_path, truth="")
+    assert (len(unlabelled.rows), unlabelled.watched, unlabelled.held_back) == (60, (), ())
+    with pytest.raises(SchemaMismatch, match="no row with a label"):
+        batches(unlabelled, is_labelled=True)
+
+
+def test_the_seed_and_the_epoch_decide_everything(tmp_path: Path) -> None:
+    asked = question(tmp_path, label_sample=4)
+    first = list(batches(asked).epoch(3))
+    assert first == list(batches(asked).epoch(3))
+    assert first != list(batches(asked).epoch(4))
+    assert first != list(batches(asked, seed=1).epoch(3))
+    assert batches(asked).digest == batches(asked).digest
+    others = [
+        batches(asked, seed=1),
+        batches(asked, batch_rows=5),
+        batches(replace(asked, rows=asked.rows[1:])),
+        batches(question(tmp_path, replace(INTENT, guidelines="Be kind."), label_sample=4)),
+    ]
+    assert len({batches(asked).digest, *(other.digest for other in others)}) == 5
+
+
+def test_a_weight_says_how_often_the_rows_are_had(tmp_path: Path) -> None:
+    asked = question(tmp_path)
+    had = [body(example) for batch in batches(replace(asked, weight=2.0)).epoch(0) for example in batch.examples]
+    assert len(had) == 2 * len(asked.rows)
+    assert all(had.count(text) == 2 for text in set(had))
+
+
+def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    long = table().set_column(1, "text", pa.array([f"{i} {'x' * (3000 if i % 3 else 1)}" for i in range(60)]))
+    asked = question(tmp_path, rows=long)
+    had = [body(example) for batch in batches(asked).epoch(0) for example in batch.examples]
+    assert 0 < len(had) < len(asked.rows)
+    assert all(len(text) < 10 for text in had)
+
+
+def test_a_label_that_the_task_does_not_have_is_told(tmp_path: Path) -> None:
+    odd = table().set_column(2, "label", pa.array(["crad", *LABELS * 9, *LABELS[:5]]))
+    with pytest.raises(SchemaMismatch, match="row 0: column \"label\" has \\['crad'\\]"):
+        question(tmp_path, rows=odd)
+    with pytest.raises(SchemaMismatch, match="missing"):
+        question(tmp_path, columns=TicketColumns(id="id", text=("txt",)))
+
+
+def test_rows_without_a_text_are_counted(tmp_path: Path) -> None:
+    blank = table().set_column(1, "text", pa.array([None, " ", *(f"t{i}" for i in range(58))]))
+    assert question(tmp_path, rows=blank).left_out == {"null_text": 1, "blank_text": 1}
