@@ -267,7 +267,7 @@ def forced_logits(decoder: Decoder, prompts: list[list[int]], answers: list[list
         fed = [(block.group(range(len(block.owners))), [tokens[i] for i in block.owners]) for block in blocks]
         hidden = decoder.forward(Step([], fed))
         logits.append(decoder.logits(hidden[torch.tensor(owners).argsort()]))
-        cache.advance(set())
+        cache.advance(dict.fromkeys(owners, 1))
     return torch.stack(logits, dim=1)
 
 

@@ -23,6 +23,10 @@ def int8_experts(
     down: Tensor,
     down_scale: Tensor,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float | None = None,
+    limit: float | None = None,
     shared: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
@@ -41,6 +45,10 @@ def int8_experts(
         gate_up_scale: [E, 2 F] float32.
         down: [E, D, F] int8.
         down_scale: [E, D] float32.
+        gate_up_bias: [E, 2 F] float32.
+        down_bias: [E, D] float32.
+        alpha: with `limit`, gpt-oss's clamped gate (`quantize.swiglu_quantize`).
+        limit: likewise.
         shared: [T, D], the shared expert's output.
         out_dtype: of what lies between the kernels, and of the result.
 
@@ -50,8 +58,10 @@ def int8_experts(
     blocks = align_tokens(expert_ids, len(gate_up), tile.block_m)
     hidden = expert_linear(
         x_int8, x_scale, gate_up, gate_up_scale, *blocks,
-        slots_per_row=expert_ids.shape[1], out_dtype=out_dtype, tile=tile,
+        slots_per_row=expert_ids.shape[1], out_dtype=out_dtype, tile=tile, bias=gate_up_bias,
     )  # fmt: skip
-    h_int8, h_scale = swiglu_quantize(hidden)
-    y = expert_linear(h_int8, h_scale, down, down_scale, *blocks, slots_per_row=1, out_dtype=out_dtype, tile=tile)
+    h_int8, h_scale = swiglu_quantize(hidden, alpha, limit)
+    y = expert_linear(
+        h_int8, h_scale, down, down_scale, *blocks, slots_per_row=1, out_dtype=out_dtype, tile=tile, bias=down_bias
+    )
     return combine(y, expert_weights, counts, shared)

@@ -124,6 +124,47 @@ def route(
     return ids, weights, counts
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x²) + eps) * weight over the last axis of `x` [*, D], float32. Source: arXiv 1910.07467."""
+    y: Tensor = torch.ops.k2batch.rms_norm(x, weight, eps)
+    return y
+
+
+def float_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T as float32 [T, N], from values rounded to the dtype of `weight` and summed in float32.
+
+    Args:
+        x: [T, K] float32.
+        weight: [N, K] float32, bfloat16 or float16.
+    """
+    y: Tensor = torch.ops.k2batch.float_linear(x, weight)
+    return y
+
+
+def row_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight of float32 [T, K] and [K, N], or [Z, T, K] and [Z, K, N]; a row's bits are its own."""
+    y: Tensor = torch.ops.k2batch.row_matmul(x, weight)
+    return y
+
+
+def token_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the logits [T, U] of `token_ids` [U] alone, for hidden [T, D] and the output embedding [V, D]."""
+    y: Tensor = torch.ops.k2batch.token_logits(hidden, head, token_ids)
+    return y
+
+
+def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the token with the highest logit per row [T] int64; the lowest id wins a tie of up to 16.
+
+    Args:
+        hidden: [T, D] float32, after the final norm.
+        head: [V, D] the output embedding.
+        allowed: [T, V] bool, at least one of each row; None for all.
+    """
+    y: Tensor = torch.ops.k2batch.argmax_token(hidden, head, allowed)
+    return y
+
+
 def _on_card(module: str, name: str) -> Callable[..., Any]:
     """Return the Triton function `name` of kernels/`module`, imported when it is called."""
 
@@ -134,7 +175,8 @@ def _on_card(module: str, name: str) -> Callable[..., Any]:
 
 
 def _rms_norm_quantize_on_card(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
-    x_int8, x_scale, total = import_module("kernels.quantize").rms_norm_quantize(x, residual, weight, eps)
+    rows = x.contiguous()  # columns of one product with others, where attention is latent
+    x_int8, x_scale, total = import_module("kernels.quantize").rms_norm_quantize(rows, residual, weight, eps)
     # An operator may not return what it was given.
     return [x_int8, x_scale, x.new_empty(0) if residual is None else total]
 
@@ -170,6 +212,10 @@ def _fake_route(
         logits.new_empty(shape, dtype=torch.float32),
         logits.new_empty(shape[0], dtype=torch.int32),
     )
+
+
+def _fake_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[-1], dtype=torch.float32)
 
 
 def _define(schema: str, on_cpu: Callable[..., Any], on_card: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -217,4 +263,34 @@ _define(
     cpu_routing.route,
     _on_card("routing", "route"),
     _fake_route,
+)
+_define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    cpu.rms_norm,
+    _on_card("norm", "rms_norm"),
+    lambda x, weight, eps: torch.empty_like(x),
+)
+_define(
+    "float_linear(Tensor x, Tensor weight) -> Tensor",
+    cpu.float_linear,
+    _on_card("float_gemm", "float_linear"),
+    lambda x, weight: _fake_product(x, weight.t()),
+)
+_define(
+    "row_matmul(Tensor x, Tensor weight) -> Tensor",
+    cpu.row_matmul,
+    _on_card("float_gemm", "row_matmul"),
+    _fake_product,
+)
+_define(
+    "token_logits(Tensor hidden, Tensor head, Tensor token_ids) -> Tensor",
+    cpu.token_logits,
+    _on_card("float_gemm", "token_logits"),
+    lambda hidden, head, token_ids: hidden.new_empty(len(hidden), len(token_ids)),
+)
+_define(
+    "argmax_token(Tensor hidden, Tensor head, Tensor? allowed) -> Tensor",
+    cpu.argmax_token,
+    _on_card("float_gemm", "argmax_token"),
+    lambda hidden, head, allowed: hidden.new_empty(len(hidden), dtype=torch.int64),
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +39,40 @@ def poisoned_outputs() -> Iterator[None]:
         for name in real:
             patch.setattr(torch, name, poison(name))
         yield
+
+
+@contextmanager
+def quick_interpreter() -> Iterator[None]:
+    """Let Triton patch its language once a module, not at every call of a jitted function by another: half the time."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    real = interpreter._patch_lang
+    scopes: dict[int, Any] = {}
+
+    def patch_once(function: Any) -> Any:
+        key = id(function.__globals__)
+        if key not in scopes:
+            scopes[key] = real(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        try:
+            yield
+        finally:
+            for scope in reversed(scopes.values()):
+                scope.restore()
+
+
+MATMUL = np.matmul
+
+
+def matmul_row_by_row(a: Any, b: Any, dtype: Any = None) -> Any:
+    """Return a @ b; of floats without BLAS, which gives a row other bits in another place."""
+    return np.einsum("mk,kn->mn", a, b) if dtype == np.float32 else MATMUL(a, b, dtype=dtype)
 
 
 def bias_of(visible: Tensor) -> Tensor:

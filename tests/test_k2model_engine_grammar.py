@@ -238,3 +238,63 @@ def test_spelling_gives_back_the_bytes_and_no_control_token(tokenizer: Tokenizer
         assert tokenizer.control_ids.isdisjoint(ids)
     assert vocabulary.token_bytes(vocabulary.size + 3) == b""
     assert {vocabulary.token_bytes(token_id) for token_id in tokenizer.stop_ids} == {b""}
+
+
+def test_forced_tokens_are_those_that_the_masks_allow_alone(tokenizer: Tokenizer) -> None:
+    grammars = [
+        Grammar("json_schema", json.dumps(TRIAGE)),
+        Grammar("choices", json.dumps(CHOICES)),
+        *(Grammar("regex", regex) for regex in REGEXES),
+    ]
+    chance, num_forced = random.Random(6), 0
+    for grammar in grammars:
+        matcher = compile_grammar(grammar, tokenizer)
+        for _ in range(150):
+            if matcher.is_finished():
+                break
+            forced = matcher.forced()
+            for place, token_id in enumerate(forced):
+                assert allowed(matcher) == [token_id]
+                assert matcher.forced() == forced[place:]
+                matcher.accept(token_id)
+            num_forced += len(forced)
+            if matcher.is_finished():
+                break
+            words = [i for i in allowed(matcher) if i not in tokenizer.control_ids]
+            matcher.accept(chance.choice(words))
+    assert num_forced > 20
+
+
+def test_masks_behind_guesses_are_those_of_the_answer_that_goes_on_so(tokenizer: Tokenizer) -> None:
+    chance = random.Random(7)
+    grammars = [Grammar("json_schema", json.dumps(TRIAGE)), Grammar("regex", REGEXES[1]), Grammar("regex", REGEXES[2])]
+    matchers = [compile_grammar(grammar, tokenizer) for grammar in grammars]
+    for _ in range(6):
+        matchers = [matcher for matcher in matchers if not matcher.is_finished()]
+        guesses, expected = [], []
+        for matcher in matchers:
+            ahead = Matcher(matcher.vocabulary, matcher.place.deep_copy())
+            guess: list[int] = []
+            expected.append(fill_masks([ahead])[0])
+            for _ in range(chance.randint(0, 4)):
+                words = [i for i in allowed(ahead) if i not in tokenizer.control_ids]
+                if not words:
+                    break
+                guess.append(chance.choice(words))
+                ahead.accept(guess[-1])
+                if ahead.is_finished():
+                    guess.pop()
+                    break
+                expected.append(fill_masks([ahead])[0])
+            guesses.append(guess)
+            barred = next(i for i in range(5, 400) if i not in allowed(ahead)) if not ahead.is_finished() else 5
+            if not ahead.is_finished():
+                assert matcher.count_possible([*guess, barred, 7]) == len(guess)
+        if not matchers:
+            break
+        assert (fill_masks(matchers, guesses) == np.stack(expected)).all()
+        assert (fill_masks(matchers) == np.stack([fill_masks([matcher])[0] for matcher in matchers])).all()
+        for matcher in matchers:
+            words = [i for i in allowed(matcher) if i not in tokenizer.control_ids]
+            if words:
+                matcher.accept(chance.choice(words))

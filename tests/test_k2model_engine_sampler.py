@@ -2,8 +2,8 @@
 
 import json
 import random
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from k2model.engine import sampler as module
 from k2model.engine.grammar import vocabulary_of
 from k2model.engine.request import Grammar, Request, Sampling
-from k2model.engine.sampler import SequenceSampler, next_tokens, prepare_masks
+from k2model.engine.sampler import SequenceSampler, prepare_masks
 from k2model.tokenizer import Tokenizer
 from kernels import cpu, reference
 from tests.fakes import fake_tokenizer
@@ -56,6 +56,11 @@ def generate(sampler: SequenceSampler, hidden_seed: int, lm_head: Tensor) -> str
         if sampler.accept(token_id):
             break
     return text_of(sampler)
+
+
+def next_tokens(hidden: Tensor, lm_head: Tensor, samplers: list[SequenceSampler]) -> list[int]:
+    """Return the next token of each sequence, of which nothing is guessed."""
+    return module.next_tokens(hidden, lm_head, samplers, prepare_masks(samplers, [[]] * len(samplers)))
 
 
 def text_of(sampler: SequenceSampler, tokenizer: Tokenizer | None = None) -> str:
@@ -242,7 +247,9 @@ def test_a_control_token_is_no_text_for_a_stop_string() -> None:
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf")])
     expected = torch.softmax(logits / 0.8, dim=0)
-    draws = Counter(module._draw(logits, started(sampling=Sampling(temperature=0.8, seed=i))) for i in range(4000))
+    draws = Counter(
+        module._draw(logits, started(sampling=Sampling(temperature=0.8, seed=i)), None) for i in range(4000)
+    )
     for token_id, probability in enumerate(expected.tolist()):
         assert draws[token_id] / 4000 == pytest.approx(probability, abs=0.025)
     assert draws[4] == 0
@@ -288,7 +295,7 @@ def test_the_smallest_and_the_largest_random_number_draw_a_token_that_is_allowed
     monkeypatch.setattr(module, "_uniform", lambda sampling, num_tokens: number)
     logits = torch.full((9,), float("-inf"))
     logits[2:6] = torch.tensor([0.1, 0.7, 0.3, -0.2])
-    assert module._draw(logits, started(sampling=Sampling(temperature=1.3))) == token_id
+    assert module._draw(logits, started(sampling=Sampling(temperature=1.3)), None) == token_id
 
 
 def test_a_low_temperature_and_a_small_top_p_draw_the_likeliest_token() -> None:
@@ -309,16 +316,39 @@ def test_the_seed_and_the_number_of_tokens_decide_the_draw() -> None:
 
 
 def test_masks_can_be_prepared_beside_the_forward_pass_and_asking_twice_changes_nothing() -> None:
-    hidden, lm_head, tokenizer = states(8), head(), fake_tokenizer()
-    samplers = [started(tokenizer, grammar=GRAMMARS[1 + i % 3], sampling=Sampling(temperature=i % 2)) for i in range(8)]
-    thread = threading.Thread(target=prepare_masks, args=(samplers,))
-    thread.start()
-    thread.join()
-    prepared = [sampler.mask for sampler in samplers]
-    assert all(mask is not None for mask in prepared)
-    once, twice = next_tokens(hidden, lm_head, samplers), next_tokens(hidden, lm_head, samplers)
-    assert once == twice
-    assert [sampler.mask for sampler in samplers] == prepared  # the very same, not filled anew
+    hidden, lm_head, tokenizer = states(9), head(), fake_tokenizer()
+    samplers = [started(tokenizer, grammar=GRAMMARS[i % 4], sampling=Sampling(temperature=i % 2)) for i in range(9)]
+    with ThreadPoolExecutor(1) as threads:
+        prepared = threads.submit(prepare_masks, samplers, [[]] * 9).result()
+    assert [mask is None for mask in prepared] == [i % 4 == 0 for i in range(9)]
+    once = module.next_tokens(hidden, lm_head, samplers, prepared)
+    assert once == module.next_tokens(hidden, lm_head, samplers, prepared) == next_tokens(hidden, lm_head, samplers)
     for sampler, token_id in zip(samplers, once, strict=True):
-        sampler.accept(token_id)
-        assert sampler.mask is None
+        assert sampler.accept(token_id) in (None, "stop")
+
+
+def test_a_guess_goes_no_further_than_the_answer_can() -> None:
+    a, b, x = fake_tokenizer().encode("abx")
+    assert started().possible([a, b, 257, a]) == [a, b]
+    assert started(grammar=GRAMMARS[3]).possible([a, b, x]) == [a, b]
+    assert started(grammar=GRAMMARS[3]).possible([x, a]) == []
+    assert started(grammar=GRAMMARS[3]).possible([]) == []
+
+
+def test_forced_tokens_end_an_answer_as_drawn_ones_do() -> None:
+    tokenizer = fake_tokenizer()
+    sampler = started(tokenizer, grammar=Grammar("choices", '["abcdef","x"]'))
+    assert sampler.forced() == []
+    assert sampler.accept(tokenizer.encode("a")[0]) is None
+    assert sampler.forced() == tokenizer.encode("bcdef")
+    assert (sampler.accept_forced(), text_of(sampler)) == ("stop", "abcdef")
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"max_tokens": 4}, "length", "abcd"),
+        ({"stop_strings": ("de",)}, "stop", "abc"),
+        ({"stop_ids": tuple(tokenizer.encode("c"))}, "stop", "ab"),
+    ]
+    for options, why, text in cases:
+        sampler = started(tokenizer, grammar=Grammar("choices", '["abcdef","x"]'), **options)
+        assert sampler.accept(tokenizer.encode("a")[0]) is None
+        assert (sampler.accept_forced(), text_of(sampler)) == (why, text)
+    assert started(tokenizer).accept_forced() is None

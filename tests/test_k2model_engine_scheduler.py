@@ -84,6 +84,9 @@ def test_every_computed_token_is_somebodys() -> None:
     steps = drain(scheduler)
     computed = sum(num_tokens(item) for items in steps for item in items)
     assert sum(s.num_computed_tokens + s.num_prefill_tokens for s in answered(steps)) == computed - len(SHARED)
+    for s in answered(steps):
+        assert s.num_shared_tokens + s.num_computed_tokens + s.num_prefill_tokens == len(s.request.prompt_ids)
+    assert any(s.num_segment_tokens == 40 and s.num_shared_tokens == len(SHARED) for s in answered(steps))  # in pieces
 
 
 def test_short_ones_first_so_that_neighbours_are_alike() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from k2model.config import AttentionConfig, ModelConfig
 from k2model.decoder.linear import Linear, LinearReader, Quantized
+from k2model.decoder.paged import PagedStep
 from k2model.decoder.step import Step
-from kernels import cpu
+from kernels import cpu, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Attention:
         rotated = cpu.apply_rope(self._normed(qkv[:, : heads + kv_heads]), *rope)
         q = rotated[:, :heads]
         kv = cpu.rounded(torch.cat([rotated[:, heads:], qkv[:, heads + kv_heads :]], dim=-1), kv_dtype)
+        if isinstance(step, PagedStep):
+            return self.o_proj(step.attend(q, kv, self.layer, window, config.softmax_scale, self.sinks))
         out = torch.empty(qkv.shape[0], heads * head_dim)
         for group in step.prefill:
             own = kv[group.tokens]
@@ -70,7 +73,7 @@ class Attention:
         if self.q_norm is None or self.k_norm is None:
             return qk
         heads = self.config.num_attention_heads
-        q, k = cpu.rms_norm(qk[:, :heads], self.q_norm, self.eps), cpu.rms_norm(qk[:, heads:], self.k_norm, self.eps)
+        q, k = ops.rms_norm(qk[:, :heads], self.q_norm, self.eps), ops.rms_norm(qk[:, heads:], self.k_norm, self.eps)
         return torch.cat([q, k], dim=1)
 
 

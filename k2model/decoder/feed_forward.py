@@ -11,7 +11,7 @@ from torch import Tensor
 
 from k2model.config import ModelConfig, MoeConfig
 from k2model.decoder.linear import Int8Linear, Linear, LinearReader, Quantized, gated
-from kernels import cpu, ops
+from kernels import ops
 
 _ROWS_AT_ONCE = 512
 """Tokens of one expert at once: beyond that its int32 products leave the cache, and a popular expert would need much
@@ -49,10 +49,12 @@ class Router:
     correction_bias: Tensor | None
     threshold: float = 1.0
     """A token's weakest experts are dropped when those before them hold this share of its weight; at 1 none is."""
+    dropped: Tensor | None = None
+    """[] int64, counts the slots that were dropped; one for all layers, added to without waiting for the device."""
 
     def logits(self, x: Tensor) -> Tensor:
         """Return [T, E] float32."""
-        logits = cpu.row_matmul(x, self.weight.t())
+        logits = ops.row_matmul(x, self.weight.t())
         return logits if self.bias is None else logits + self.bias
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,7 @@ class Router:
         trained one was measured.
         """
         config = self.config
-        expert_ids, expert_weights, _ = ops.route(
+        expert_ids, expert_weights, counts = ops.route(
             logits,
             self.correction_bias,
             config.num_experts_per_tok,
@@ -75,6 +77,8 @@ class Router:
             routed_scaling_factor=config.routed_scaling_factor,
             threshold=self.threshold,
         )
+        if self.dropped is not None:
+            self.dropped.add_(expert_ids.numel() - counts.sum())
         return expert_ids, expert_weights
 
 

@@ -39,7 +39,7 @@ class FloatLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return float32 [T, N]."""
-        return _biased(cpu.float_linear(x, self.weight), self.bias)
+        return _biased(ops.float_linear(x, self.weight), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def normed(consumer: object, x: Tensor, weight: Tensor, eps: float) -> Tensor | 
     if isinstance(consumer, Int8Linear):
         values, scale, _ = ops.rms_norm_quantize(x, None, weight, eps)
         return Quantized(values, scale)
-    return cpu.rms_norm(x, weight, eps)
+    return ops.rms_norm(x, weight, eps)
 
 
 def gated(consumer: object, gate_up: Tensor, alpha: float, limit: float | None) -> Tensor | Quantized:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from k2model.config import LatentAttentionConfig, ModelConfig
 from k2model.decoder.linear import Linear, LinearReader, Quantized, normed
+from k2model.decoder.paged import PagedStep
 from k2model.decoder.rope import deinterleaved
 from k2model.decoder.step import PrefillGroup, Step
-from kernels import cpu
+from kernels import cpu, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,10 @@ class LatentAttention:
             q = self.q_b_proj(normed(self.q_b_proj, q, self.q_a_layernorm, config.latent_norm_eps))
         q = q.reshape(-1, heads, nope + config.qk_rope_head_dim)
         q = torch.cat([q[..., :nope], cpu.apply_rope(q[..., nope:], *rope)], dim=-1)
-        latent = cpu.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
+        latent = ops.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
         kept = cpu.rounded(torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1), kv_dtype)
+        if isinstance(step, PagedStep):
+            return self.o_proj(self._paged(q, kept, step))
         out = torch.empty(q.shape[0], heads * config.v_head_dim)
         for group in step.prefill:
             out[group.tokens] = self._expanded(q[group.tokens], kept[group.tokens], group, window)
@@ -96,12 +99,39 @@ class LatentAttention:
 
     def _absorbed(self, q: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
         """Return [B, H * v] for queries [B, H, nope + rope] over what is kept [B, 1, S, R + rope]."""
-        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        by_head = q.transpose(0, 1)  # [H, B, nope + rope]
-        latent_q = torch.cat([cpu.row_matmul(by_head[..., :nope], self.absorbed_k), by_head[..., nope:]], dim=-1)
-        queries = latent_q.transpose(0, 1)[:, :, None]
-        out = cpu.attention(queries, latents, latents[..., :rank], bias, self.config.softmax_scale)
-        return cpu.row_matmul(out[:, :, 0].transpose(0, 1), self.absorbed_v).transpose(0, 1).flatten(1)
+        values = latents[..., : self.config.kv_lora_rank]
+        out = cpu.attention(self._latent_q(q)[:, :, None], latents, values, bias, self.config.softmax_scale)
+        return self._values(out[:, :, 0])
+
+    def _latent_q(self, q: Tensor) -> Tensor:
+        """Return queries [B, H, nope + rope] in the space of the latents [B, H, R + rope]."""
+        nope = self.config.qk_nope_head_dim
+        by_head = q.transpose(0, 1)
+        return torch.cat([ops.row_matmul(by_head[..., :nope], self.absorbed_k), by_head[..., nope:]], -1).transpose(
+            0, 1
+        )
+
+    def _values(self, latents: Tensor) -> Tensor:
+        """Return the values [B, H * v] of weighted latents [B, H, R]."""
+        return ops.row_matmul(latents.transpose(0, 1), self.absorbed_v).transpose(0, 1).flatten(1)
+
+    def _paged(self, q: Tensor, kept: Tensor, step: PagedStep) -> Tensor:
+        """Return [T, H * v] over pages of latents; those that prompts read are expanded once, whoever shares them."""
+        config, dtype = self.config, kept.dtype
+        prompts, latents = step.num_prompt_tokens, step.store(kept[:, None], self.layer)
+        out = []
+        if prompts:
+            pages, table = step.prompt_pages
+            expanded = self._keys_values(latents[pages, 0].flatten(0, 1))
+            keys_values = cpu.rounded(expanded, dtype).unflatten(0, (len(pages), -1)).transpose(1, 2)
+            k, v = keys_values.split([q.shape[-1], config.v_head_dim], dim=-1)
+            own = cpu.rounded(q[:prompts], dtype)
+            out.append(step.prefilled(own, k, v, table, None, config.softmax_scale, None).float().flatten(1))
+        if prompts < len(q):
+            latent_q = self._latent_q(q[prompts:])
+            attended = step.latent_decode(latent_q, latents, config.softmax_scale, config.kv_lora_rank)
+            out.append(self._values(attended))
+        return torch.cat(out)
 
 
 def read_latent_attention(config: ModelConfig, index: int, reader: LinearReader) -> LatentAttention:

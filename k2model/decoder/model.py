@@ -5,21 +5,26 @@ Legend: T tokens of the step, D hidden_size, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from k2model.config import LatentAttentionConfig, ModelConfig
 from k2model.decoder.attention import Attention, read_attention
+from k2model.decoder.card import check_sizes, on_card
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_feed_forward
 from k2model.decoder.linear import LinearReader, normed
 from k2model.decoder.mla import LatentAttention, read_latent_attention
+from k2model.decoder.paged import PagedKeyValues, PagedSlots, PagedStep, PagePool
 from k2model.decoder.precision import PRECISIONS, Precision
 from k2model.decoder.rope import cos_sin, inverse_frequencies
-from k2model.decoder.step import TILE, KeyValues, Slots, Span, Step
+from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from k2model.formats.weights import Weights
 from k2model.parameters import parameters
-from kernels import cpu
+from kernels import ops
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class Decoder:
     kv_dtype: torch.dtype
     """What keys and values are rounded to."""
     frequencies: Tensor
+    pool: PagePool | None = None
+    """Where keys and values are, on a card."""
 
     @classmethod
     def from_weights(
@@ -63,6 +70,7 @@ class Decoder:
         config: ModelConfig,
         weights: Weights,
         precision: Precision = PRECISIONS["int8"],
+        card: torch.device | None = None,
     ) -> "Decoder":
         """Return a decoder over `weights`.
 
@@ -70,24 +78,41 @@ class Decoder:
             config: the model's sizes.
             weights: of a checkpoint.
             precision: what linears, keys and values are rounded to; `fp32` is the reference.
+            card: where to compute, if not in memory: with keys and values in pages. Weights go there layer by layer.
 
-        Raises: CheckpointError naming tensors that are missing, misshapen, or not part of the model.
+        Raises: CheckpointError naming tensors that are missing, misshapen, or not part of the model; for a card, what
+            its kernels do not compute.
         """
         weights.check(parameters(config), tied=config.tie_word_embeddings)
+        pool = None
+        if card is not None:
+            check_sizes(config)
+            pool = PagePool(config.num_hidden_layers, *kv_shape(config), precision.key_values, card)
+
+        def placed(part: T) -> T:
+            return part if card is None else on_card(part, card)
+
         d, v = config.hidden_size, config.vocab_size
-        embed_tokens = weights.plain("model.embed_tokens.weight", (v, d))
-        head = embed_tokens if weights.is_tied else weights.float_weight("lm_head", v, d)
+        embed_tokens = placed(weights.plain("model.embed_tokens.weight", (v, d)))
+        head = embed_tokens if weights.is_tied else placed(weights.float_weight("lm_head", v, d))
         attention = LinearReader(weights, precision.attention, precision.expand)
         feed_forward = LinearReader(weights, precision.feed_forward, precision.expand)
         return cls(
             config=config,
             embed_tokens=embed_tokens,
-            layers=[read_layer(config, index, attention, feed_forward) for index in range(config.num_hidden_layers)],
-            norm=weights.vector("model.norm.weight", d),
+            layers=[
+                placed(read_layer(config, index, attention, feed_forward)) for index in range(config.num_hidden_layers)
+            ],
+            norm=placed(weights.vector("model.norm.weight", d)),
             lm_head=head.to(precision.head),
             kv_dtype=precision.key_values,
-            frequencies=inverse_frequencies(config.rope),
+            frequencies=placed(inverse_frequencies(config.rope)),
+            pool=pool,
         )
+
+    def step(self, spans: Sequence[Span], decoding: Sequence[tuple[DecodeGroup, Sequence[int]]] = ()) -> Step:
+        """Return what `forward` takes to compute `spans` and the new tokens of `decoding` groups."""
+        return Step(spans, decoding) if self.pool is None else PagedStep(self.pool, spans, decoding)
 
     def forward(self, step: Step) -> Tensor:
         """Return hidden states after the final norm [T, D] float32, in the step's order; store what it keeps."""
@@ -95,32 +120,38 @@ class Decoder:
         x = self.embed_tokens[step.token_ids].float()
         for layer, window in zip(self.layers, self.config.sliding_windows, strict=True):
             x = layer.forward(x, rope, step, window, self.kv_dtype)
-        return cpu.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 logits of `hidden` [T, D], for measurement; scoring needs only some of them."""
-        return cpu.float_linear(hidden, self.lm_head)
+        return ops.float_linear(hidden, self.lm_head)
 
     def allocate(self, start: int, count: int) -> KeyValues:
         """Return room for the keys and values of `count` tokens of one sequence, from slot `start` on."""
-        kv_heads, width = self._kv_shape()
+        if self.pool is not None:
+            return PagedKeyValues([], start, count)
+        kv_heads, width = kv_shape(self.config)
         return KeyValues([torch.empty(kv_heads, count, width, dtype=self.kv_dtype) for _ in self.layers], start)
 
     def allocate_slots(self, rows: int, num_tiles: int) -> Slots:
         """Return room for `rows` sequences that decode, each of up to `num_tiles` tiles."""
-        kv_heads, width = self._kv_shape()
+        if self.pool is not None:
+            return PagedSlots([], num_tiles, [None] * rows)
+        kv_heads, width = kv_shape(self.config)
         shape = (rows, kv_heads, num_tiles * TILE, width)
         return Slots([torch.zeros(shape, dtype=self.kv_dtype) for _ in self.layers])
 
-    def _kv_shape(self) -> tuple[int, int]:
-        attention = self.config.attention
-        if isinstance(attention, LatentAttentionConfig):
-            return 1, attention.kv_lora_rank + attention.qk_rope_head_dim
-        return attention.num_key_value_heads, 2 * attention.head_dim
-
     def forward_one(self, token_ids: Sequence[int]) -> Tensor:
         """Return the hidden states [T, D] of one sequence from its start."""
-        return self.forward(Step([Span(tuple(token_ids))]))
+        return self.forward(self.step([Span(tuple(token_ids))]))
+
+
+def kv_shape(config: ModelConfig) -> tuple[int, int]:
+    """Return how many heads a layer keeps keys and values for, and how wide one's are side by side."""
+    attention = config.attention
+    if isinstance(attention, LatentAttentionConfig):
+        return 1, attention.kv_lora_rank + attention.qk_rope_head_dim
+    return attention.num_key_value_heads, 2 * attention.head_dim
 
 
 def read_layer(

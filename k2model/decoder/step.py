@@ -5,7 +5,7 @@ tree. Attention reads keys in whole tiles of `TILE` slots, counted from slot 0, 
 that the order of every sum is a function of a token's slot alone: not of the batch, nor of what the sequence shares
 with others, nor of the steps its prompt was cut into.
 
-Legend: T tokens of the step, B sequences of a group, G key-value heads.
+Legend: T tokens of the step, B sequences of a group, N tokens that a group of decoding ones adds, G key-value heads.
 """
 
 from collections.abc import Iterable, Sequence
@@ -161,30 +161,53 @@ class Slots:
         """Tiles of each sequence."""
         return self.layers[0].shape[2] // TILE
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences there is room for."""
+        return self.layers[0].shape[0]
+
+    def part(self, rows: range) -> "Slots":
+        """Return a view of `rows`."""
+        return Slots([layer[rows.start : rows.stop] for layer in self.layers])
+
     def fill(self, row: int, parts: Iterable[KeyValues]) -> None:
         """Copy `parts`, in order from slot 0 on, into `row`."""
         for part in parts:
             for layer, stored in zip(self.layers, part.layers, strict=True):
                 layer[row, :, part.start : part.end] = stored
 
+    def take(self, row: int, other: "Slots", other_row: int, num_filled: int) -> None:
+        """Let `row` hold what fills `other_row` of `other`, which may have fewer tiles."""
+        for layer, stored in zip(self.layers, other.layers, strict=True):
+            layer[row, :, :num_filled] = stored[other_row, :, :num_filled]
+
+    def leave(self, row: int) -> None:
+        """Say that `row` is not read any more."""
+
 
 @dataclass(slots=True)
 class DecodeGroup:
-    """Sequences of as many tiles that each add one token."""
+    """Sequences of as many tiles that each add one token; or tokens that some of them add behind that one.
+
+    Attention computes every token as a sequence of its own: its products have one shape, however many are added with
+    it, so its bits are those it would have alone.
+    """
 
     slots: Slots
     lengths: Tensor
-    """[B] int64: filled slots of each, which is also the slot and the position of the new token."""
+    """[N] int64: filled slots before each new token, which is also its slot and its position."""
+    rows: Tensor | None = None
+    """[N] int64: the row of `slots` that each belongs to; None for one token of every row."""
     tokens: slice = field(default_factory=lambda: slice(0, 0))
 
     def append(self, kept: Tensor, layer: int) -> Tensor:
-        """Store `kept` [B, G, width] in layer `layer` and return all keys and values [B, G, slots, width]."""
+        """Store `kept` [N, G, width] in layer `layer`; return keys and values for each of them [N, G, slots, width]."""
         stored = self.slots.layers[layer]
-        stored[torch.arange(len(kept)), :, self.lengths] = kept
-        return stored
+        stored[torch.arange(len(kept)) if self.rows is None else self.rows, :, self.lengths] = kept
+        return stored if self.rows is None else stored[self.rows]
 
     def bias(self, window: int | None) -> Tensor:
-        """Return [B, 1, W] float32 for the last W keys, as `Tile.bias`."""
+        """Return [N, 1, W] float32 for the last W keys, as `Tile.bias`."""
         width = TILE if window is None else self.slots.num_tiles * TILE
         keys = torch.arange(self.slots.num_tiles * TILE - width, self.slots.num_tiles * TILE)
         hidden = keys > self.lengths[:, None]
@@ -194,10 +217,10 @@ class DecodeGroup:
 
 
 class Step:
-    """One forward pass: packed tokens without padding, prompts first, then one token of each decoding sequence."""
+    """One forward pass: packed tokens without padding, prompts first, then what decoding sequences add."""
 
     def __init__(self, spans: Sequence[Span], decoding: Sequence[tuple[DecodeGroup, Sequence[int]]] = ()) -> None:
-        """Pack `spans` and the new tokens of `decoding` groups, row by row of each.
+        """Pack `spans` and the new tokens of `decoding` groups, each behind the group with the tokens before.
 
         Raises: ValueError if a decoding sequence's new token is not in the last tile of its group's slots.
         """

@@ -13,23 +13,28 @@ from concurrent.futures import Future
 import torch
 
 from k2model.compress.recipe import open_tokenizer, prepare_int8
-from k2model.compress.sparsity import with_thresholds
+from k2model.compress.sparsity import dropped_experts, with_thresholds
+from k2model.decoder.card import find_card
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import find_precision
 from k2model.engine.candidates import candidate_tree
 from k2model.engine.prefix import Segment
-from k2model.engine.request import Completion, Request
+from k2model.engine.request import Completion, Request, Work
 from k2model.engine.runner import Batch, Runner
 from k2model.engine.scheduler import Scheduler, Submission
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
 from k2model.tokenizer import Tokenizer
-from schemas.errors import K2Error
+from schemas.errors import EnvironmentMismatch, K2Error
 
 MAX_NUM_BATCHED_TOKENS = 1024
 """Tokens of a step: its int32 products (12 MB at SmolLM2's widest) still fit the cache of a small server."""
 
 MAX_NUM_KV_TOKENS = 32768
 """Key-value slots of decoding sequences, taken as they come: at most 1.5 GB for SmolLM2-135M in float32."""
+
+MAX_NUM_BATCHED_TOKENS_ON_CARD = 8192
+"""Tokens of a step there: products of 8,192 by SmolLM2's 1,536 are 768 tiles, six for each multiprocessor of an H100.
+Not measured."""
 
 
 class Engine:
@@ -55,13 +60,16 @@ class Engine:
         self._submissions: list[Submission] = []
         self.busy_seconds = 0.0
         """Time spent computing since it was opened."""
+        self._told = Work()
         self._thread = threading.Thread(target=self._loop, name="k2batch-engine", daemon=True)
         self._thread.start()
         # A computing thread must not outlive the interpreter: torch's own threads would abort the process.
         atexit.register(self._abandon)
 
     @classmethod
-    def open(cls, checkpoint: str, *, precision: str = "int8", router_thresholds: Items[float] = ()) -> "Engine":
+    def open(
+        cls, checkpoint: str, *, precision: str = "int8", router_thresholds: Items[float] = (), device: str = "cpu"
+    ) -> "Engine":
         """Return an engine for `checkpoint`.
 
         Args:
@@ -69,11 +77,22 @@ class Engine:
             precision: of `k2model.decoder.precision`. For `int8` it is converted first if it is not (once; seconds for
                 the default); the others compute the checkpoint's own weights.
             router_thresholds: of each layer, to drop experts by; none for all experts.
+            device: `cpu`, or `cuda` for the NVIDIA card that is torch's current one.
 
-        Raises: CheckpointError; SpecError for a precision that is none.
+        Raises: CheckpointError; SpecError for a precision that is none; EnvironmentMismatch if there is no card.
         """
-        decoder, tokenizer = load(checkpoint, precision, router_thresholds)
-        return cls(decoder, tokenizer, fingerprint(checkpoint, precision, router_thresholds))
+        decoder, tokenizer = load(checkpoint, precision, router_thresholds, device)
+        digest = fingerprint(checkpoint, precision, router_thresholds, device)
+        if decoder.pool is None:
+            return cls(decoder, tokenizer, digest)
+        free = torch.cuda.mem_get_info(decoder.pool.device)[0]
+        return cls(
+            decoder,
+            tokenizer,
+            digest,
+            max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS_ON_CARD,
+            max_num_kv_tokens=free // 2 // decoder.pool.slot_bytes,  # the rest is for steps, and for pages that move
+        )
 
     def submit(self, requests: Items[Request]) -> Future[list[Completion]]:
         """Return a future of one completion per request, in order; one that cannot be computed carries an error.
@@ -95,6 +114,13 @@ class Engine:
             self._scheduler.add(requests, submission)
             self._wake.notify()
         return future
+
+    def take_work(self) -> Work:
+        """Return what was computed since this was last asked, so that everything is told once."""
+        with self._wake:
+            done = Work(self._runner.num_tokens, dropped_experts(self.decoder))
+            told, self._told = self._told, done
+        return Work(done.tokens - told.tokens, done.dropped_experts - told.dropped_experts)
 
     def close(self) -> None:
         """Finish what was submitted, then stop the loop."""
@@ -140,8 +166,8 @@ class Engine:
             with self._wake:
                 while not (self._closing or self._scheduler.has_waiting() or len(self._runner.cache)):
                     self._wake.wait()
-                items = self._scheduler.next_prefill(len(self._runner.cache), self._runner.num_kv_tokens)
-                batch = self._runner.batch(items)
+                items = self._scheduler.next_prefill(self._runner.num_decode_tokens, self._runner.num_kv_tokens)
+                batch = self._runner.batch(items, self._scheduler.max_num_batched_tokens)
                 if self._closing and not len(batch) and not self._scheduler.has_waiting():
                     return
             if len(batch):
@@ -154,28 +180,37 @@ class Engine:
         """Compute `batch`; if that fails, its halves, down to the one request that is at fault.
 
         Out of memory, steps stay half as large from then on.
+
+        Raises: EnvironmentMismatch if the card computes nothing any more: no request is at fault for that.
         """
         try:
             answers = self._runner.compute(batch)
         except Exception as error:  # the owner of the step must hear of it; the loop must go on
+            if is_card_lost(error):
+                raise EnvironmentMismatch(
+                    f"the card failed: {type(error).__name__}: {error}",
+                    remedy="run the job again: it resumes; nvidia-smi and dmesg may say what the card has",
+                ) from error
             with self._wake:
                 if is_out_of_memory(error):
                     self._scheduler.shrink()
                 if len(batch) == 1:
-                    self._give_up(batch, error)
+                    self._give_up(batch, f"{type(error).__name__}: {error}")
                     return
-            for half in batch.halves():
-                self._attempt(half)
+        else:
+            with self._wake:
+                for sequence in self._runner.commit(batch, answers):
+                    self._scheduler.close(sequence)
             return
-        with self._wake:
-            for sequence in self._runner.commit(batch, answers):
-                self._scheduler.close(sequence)
+        # The error is let go of before: it holds the step's memory.
+        for half in batch.halves():
+            self._attempt(half)
 
-    def _give_up(self, batch: Batch, error: Exception) -> None:
+    def _give_up(self, batch: Batch, message: str) -> None:
         for item in batch.items:
             if isinstance(item, Segment):
                 self._scheduler.unshare(item)
-        for sequence in self._runner.fail(batch, f"{type(error).__name__}: {error}"):
+        for sequence in self._runner.fail(batch, message):
             self._scheduler.close(sequence)
 
 
@@ -184,10 +219,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def load(checkpoint: str, precision: str = "int8", router_thresholds: Items[float] = ()) -> tuple[Decoder, Tokenizer]:
+def is_card_lost(error: BaseException) -> bool:
+    """Return whether `error` says that a kernel failed on the card: torch and Triton compute nothing there after it."""
+    return isinstance(error, torch.AcceleratorError) or "Triton Error [CUDA]" in str(error)
+
+
+def load(
+    checkpoint: str, precision: str = "int8", router_thresholds: Items[float] = (), device: str = "cpu"
+) -> tuple[Decoder, Tokenizer]:
     """Return the decoder and tokenizer of `checkpoint`, for what `Engine.open` takes. Raises: as `Engine.open`."""
     chosen = find_precision(precision)
+    card = find_card(device)
     source = open_checkpoint(checkpoint) if chosen.expand else prepare_int8(checkpoint)
     tokenizer = open_tokenizer(source)
-    decoder = Decoder.from_weights(source.config(), source.weights(), chosen)
+    decoder = Decoder.from_weights(source.config(), source.weights(), chosen, card)
     return with_thresholds(decoder, router_thresholds), tokenizer

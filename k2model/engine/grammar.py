@@ -56,6 +56,14 @@ class Matcher:
         if not self.place.consume_token(token_id):
             raise ValueError(f"token {token_id} does not match the grammar: {self.place.get_error()}")
 
+    def count_possible(self, token_ids: Sequence[int]) -> int:
+        """Return how many of `token_ids`, from the first on, the answer may go on with."""
+        return self.place.validate_tokens(list(token_ids))
+
+    def forced(self) -> list[int]:
+        """Return the tokens that come next whatever is asked of a model: the masks here allow each of them alone."""
+        return self.place.compute_ff_tokens()
+
     def is_finished(self) -> bool:
         """Return whether the answer matches and no longer one begins with it."""
         return self.place.is_stopped()
@@ -93,21 +101,32 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return _vocabulary(tokenizer.markup, tokenizer.stop_ids)
 
 
-def fill_masks(matchers: Sequence[Matcher]) -> Masks:
-    """Return [len(matchers), 4 * ceil(size / 32)] uint8: bit i % 8 of byte i // 8 is set if token i may come next.
+def fill_masks(matchers: Sequence[Matcher], guesses: Sequence[Sequence[int]] | None = None) -> Masks:
+    """Return [rows, 4 * ceil(size / 32)] uint8: bit i % 8 of byte i // 8 is set if token i may come next.
 
-    One call for all of them, outside Python's lock. Of control tokens only those that end a turn are ever allowed, and
-    they are exactly where the answer is complete.
+    Filled for all of them at once, outside Python's lock. Of control tokens only those that end a turn are ever
+    allowed, and they are exactly where the answer is complete.
 
     Args:
         matchers: of one vocabulary; at least one.
+        guesses: tokens that each one has room for. It gets a row more for each, of what may come behind it.
 
     Raises: ValueError if a grammar proves too complex for the library's limits.
     """
     num_words = -(-matchers[0].vocabulary.size // 32)
-    masks = np.zeros((len(matchers), 4 * num_words), dtype=np.uint8)
-    numbered = [(matcher.place, index) for index, matcher in enumerate(matchers)]
-    _executor().unsafe_compute_mask_ptr(numbered, masks.ctypes.data, 4 * num_words, len(matchers))
+    alone, followed, count = [], [], 0
+    for matcher, guess in zip(matchers, guesses or [()] * len(matchers), strict=True):
+        if guess:
+            followed.append((matcher.place, count, list(guess)))
+        else:
+            alone.append((matcher.place, count))
+        count += 1 + len(guess)
+    masks = np.zeros((count, 4 * num_words), dtype=np.uint8)
+    where = (masks.ctypes.data, 4 * num_words, count)
+    if alone:
+        _executor().unsafe_compute_mask_ptr(alone, *where)
+    if followed:
+        _executor().unsafe_compute_mask_ptr_with_draft_token(followed, *where)
     for matcher in matchers:
         if matcher.place.is_error():  # the mask would then allow the answer to end
             raise ValueError(f"the grammar cannot go on: {matcher.place.get_error()}")

@@ -5,7 +5,7 @@ product's shape is then a function of the sequence's own length. One that outgro
 once in `TILE` tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -13,7 +13,7 @@ import torch
 
 from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(slots=True)
@@ -25,10 +25,25 @@ class Block(Generic[T]):
     lengths: list[int] = field(default_factory=list)
     """Filled slots of each; the next token's is the same number."""
 
+    @property
+    def num_slots(self) -> int:
+        """Slots of each sequence."""
+        return self.slots.num_tiles * TILE
+
     def group(self, rows: range) -> DecodeGroup:
         """Return what a step needs to add a token to each of `rows`."""
-        view = Slots([layer[rows.start : rows.stop] for layer in self.slots.layers])
-        return DecodeGroup(view, torch.tensor(self.lengths[rows.start : rows.stop]))
+        return DecodeGroup(self.slots.part(rows), torch.tensor(self.lengths[rows.start : rows.stop]))
+
+    def behind(self, rows: range, counts: Sequence[int]) -> Iterator[DecodeGroup]:
+        """Yield what a step needs to add so many tokens to each of `rows` behind the one of `group`, in this order.
+
+        Attention copies all that a token sees, so groups are as large as the block, or of 8 tokens.
+        """
+        more = [(row, self.lengths[row] + 1 + i) for row, count in zip(rows, counts, strict=True) for i in range(count)]
+        size = max(8, len(self.owners))
+        for start in range(0, len(more), size):
+            owners, lengths = zip(*more[start : start + size], strict=True)
+            yield DecodeGroup(self.slots, torch.tensor(lengths), torch.tensor(owners))
 
 
 @dataclass(slots=True)
@@ -50,15 +65,18 @@ class KvCache(Generic[T]):
         block.owners.append(owner)
         block.lengths.append(length)
 
-    def advance(self, owners: set[int]) -> None:
-        """Count the token that the step added to each sequence but those in `owners` (ids), which leave."""
-        for num_tiles, block in sorted(self.blocks.items(), reverse=True):  # into a block already counted
+    def advance(self, added: Mapping[T, int]) -> None:
+        """Count the slots that a step filled of each sequence; one that is not named leaves.
+
+        Slots filled beyond those counted, by wrong guesses, are hidden from attention until they are filled again.
+        """
+        for _, block in sorted(self.blocks.items(), reverse=True):  # into a block already counted
             for row in reversed(range(len(block.owners))):
-                if id(block.owners[row]) in owners:
+                if block.owners[row] not in added:
                     self._drop(block, row)
                     continue
-                block.lengths[row] += 1
-                if block.lengths[row] == num_tiles * TILE:
+                block.lengths[row] += added[block.owners[row]]
+                if block.lengths[row] == block.num_slots:
                     self._grow(block, row)
         self.blocks = {tiles: block for tiles, block in self.blocks.items() if block.owners}
 
@@ -71,11 +89,11 @@ class KvCache(Generic[T]):
         block = self.blocks.get(num_tiles)
         if block is None:
             block = self.blocks[num_tiles] = Block(self.allocate(4, num_tiles))
-        row, capacity = len(block.owners), block.slots.layers[0].shape[0]
+        row, capacity = len(block.owners), block.slots.num_rows
         if row == capacity:
             wider = self.allocate(2 * capacity, num_tiles)
-            for layer, old in zip(wider.layers, block.slots.layers, strict=True):
-                layer[:capacity] = old
+            for old, filled in enumerate(block.lengths):
+                wider.take(old, block.slots, old, filled)
             block.slots = wider
         return block, row
 
@@ -83,8 +101,7 @@ class KvCache(Generic[T]):
         """Move the sequence in `row` to the block with one more tile."""
         other, free = self._room(block.slots.num_tiles + 1)
         filled = block.lengths[row]
-        for layer, old in zip(other.slots.layers, block.slots.layers, strict=True):
-            layer[free, :, :filled] = old[row]
+        other.slots.take(free, block.slots, row, filled)
         other.owners.append(block.owners[row])
         other.lengths.append(filled)
         self._drop(block, row)
@@ -93,8 +110,8 @@ class KvCache(Generic[T]):
         """Free `row`: the last one takes its place."""
         last = len(block.owners) - 1
         if row < last:
-            for layer in block.slots.layers:
-                layer[row] = layer[last]
+            block.slots.take(row, block.slots, last, block.num_slots)  # all: what fails may have left NaN
             block.owners[row], block.lengths[row] = block.owners[last], block.lengths[last]
+        block.slots.leave(last)
         block.owners.pop()
         block.lengths.pop()

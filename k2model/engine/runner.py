@@ -7,21 +7,23 @@ Legend: B sequences, D hidden_size, P forks of a candidate tree, C tokens that m
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import KeyValues, Span, Step
+from k2model.decoder.step import DecodeGroup, KeyValues, Span, Step
 from k2model.engine.candidates import ROOT, CandidateTree
-from k2model.engine.kv_cache import KvCache
+from k2model.engine.kv_cache import Block, KvCache
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion
-from k2model.engine.sampler import SequenceSampler, next_tokens, prepare_masks
-from k2model.engine.scheduler import Item, Sequence
+from k2model.engine.sampler import Mask, SequenceSampler, next_tokens, prepare_masks
+from k2model.engine.scheduler import Item, Sequence, num_tokens
+from k2model.engine.speculation import Guesser, agreed
 from k2model.tokenizer import Tokenizer
-from kernels import cpu
+from kernels import ops
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +32,27 @@ class Generation:
 
     sequence: Sequence
     sampler: SequenceSampler
+    guesser: Guesser | None
+    """None where tokens are drawn by chance."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, tokenizer: Tokenizer) -> "Generation":
+        """Return `sequence` before its first token. Raises: as `SequenceSampler`."""
+        request = sequence.request
+        guesser = None if request.sampling.temperature else Guesser(request.prompt_ids)
+        return cls(sequence, SequenceSampler(request, tokenizer), guesser)
+
+    def guess(self, limit: int, num_tokens: int) -> list[int]:
+        """Return at most `limit` tokens that are worth trying in a step of `num_tokens` without them."""
+        output_ids = self.sampler.output_ids
+        limit = min(limit, self.sequence.request.max_tokens - len(output_ids) - 1)  # the model itself adds one
+        if self.guesser is None or limit <= 0:
+            return []
+        return self.sampler.possible(self.guesser.guess(output_ids, limit, num_tokens))
+
+    def unfed(self, num_filled: int) -> list[int]:
+        """Return the tokens of its answer that stand behind its first `num_filled` slots."""
+        return self.sampler.output_ids[num_filled - len(self.sequence.request.prompt_ids) :]
 
 
 @dataclass(slots=True)
@@ -39,13 +62,15 @@ class Batch:
     items: list[Item]
     """To prefill."""
     rows: dict[int, range]
-    """Block of the cache (its number of tiles) to the rows that get a token."""
+    """Block of the cache (its number of tiles) to the rows that get tokens."""
+    guesses: dict[Generation, list[int]] = field(default_factory=dict)
+    """What is tried behind a sequence's last token."""
 
     def __len__(self) -> int:
-        return len(self.items) + sum(map(len, self.rows.values()))
+        return len(self.items) + sum(map(len, self.rows.values())) + len(self.guesses)
 
     def halves(self) -> Iterator["Batch"]:
-        """Yield two batches of half the work each."""
+        """Yield two batches of half the work each, or one of a single item; a guess may be at fault and is left out."""
         every: list[Item | tuple[int, int]] = [*self.items]
         every += [(tiles, row) for tiles, rows in self.rows.items() for row in rows]
         half = len(every) // 2
@@ -55,7 +80,8 @@ class Batch:
                 if isinstance(entry, tuple):
                     tiles, row = entry
                     rows[tiles] = range(rows[tiles].start if tiles in rows else row, row + 1)
-            yield Batch([entry for entry in part if not isinstance(entry, tuple)], rows)
+            if part:
+                yield Batch([entry for entry in part if not isinstance(entry, tuple)], rows)
 
 
 @dataclass(slots=True)
@@ -66,10 +92,13 @@ class Answers:
     """Item to the keys and values it leaves."""
     logprobs: dict[int, tuple[float, ...]]
     """Item that is scored to its candidates' log-probabilities."""
-    started: list[tuple[int, Generation, int]]
-    """Item that begins to generate, and its first token."""
-    tokens: list[tuple[Generation, int]]
-    """The next token of each sequence that decodes."""
+    started: dict[int, Generation]
+    """Item that begins to generate."""
+    fed: dict[Generation, int]
+    """How many tokens of its answer each sequence that decodes was fed, without those guessed."""
+    tokens: dict[Generation, list[int]]
+    """What comes next, for those that a token was drawn for: not where the grammar leaves no choice, nor where more
+    tokens are known than the step had slots for. With more than one, all but the last are fed, too: guessed right."""
 
 
 class Runner:
@@ -79,8 +108,10 @@ class Runner:
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.cache: KvCache[Generation] = KvCache(decoder.allocate_slots)
+        self.num_tokens = 0
+        """Tokens that went through the decoder."""
         self._new: list[tuple[Generation, list[KeyValues]]] = []
-        self._ended: set[int] = set()
+        self._filled: dict[Generation, int] = {}
         # Masks of grammars are filled beside the forward pass; the library lets go of Python's lock.
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="k2batch-masks")
 
@@ -89,36 +120,55 @@ class Runner:
         """Key-value slots promised to sequences that decode."""
         return sum(g.sequence.num_kv_tokens for block in self.cache.blocks.values() for g in block.owners)
 
-    def batch(self, items: list[Item]) -> Batch:
-        """Return the batch that prefills `items` and adds a token to everything that decodes."""
-        return Batch(items, {tiles: range(len(block.owners)) for tiles, block in self.cache.blocks.items()})
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens that sequences that decode take of the next step, without what is guessed."""
+        blocks = self.cache.blocks.values()
+        return sum(len(_unfed(block, row)) for block in blocks for row in range(len(block.owners)))
+
+    def batch(self, items: list[Item], max_num_tokens: int) -> Batch:
+        """Return the batch that prefills `items`, goes on with everything that decodes, and tries what may follow.
+
+        Args:
+            items: to prefill.
+            max_num_tokens: what is guessed gives way where they are more.
+        """
+        rows = {tiles: range(len(block.owners)) for tiles, block in self.cache.blocks.items()}
+        guesses: dict[Generation, list[int]] = {}
+        tokens = sum(map(num_tokens, items)) + self.num_decode_tokens
+        for block in self.cache.blocks.values():
+            for row, generation in enumerate(block.owners):
+                room = block.num_slots - block.lengths[row] - len(generation.unfed(block.lengths[row]))
+                if guess := generation.guess(min(room, max_num_tokens - tokens), tokens):
+                    guesses[generation] = guess
+                    tokens += len(guess)
+        return Batch(items, rows, guesses)
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Answers:
         """Return the answers of `batch`; nothing is changed that computing it again would not overwrite."""
         spans = [self._span(item) for item in batch.items]
         blocks = [(self.cache.blocks[tiles], rows) for tiles, rows in batch.rows.items() if rows]
-        decoding = [[block.owners[row] for row in rows] for block, rows in blocks]
-        groups = [block.group(rows) for block, rows in blocks]
-        fed = [[generation.sampler.output_ids[-1] for generation in owners] for owners in decoding]
-        starting = {
-            index: Generation(item, SequenceSampler(item.request, self.tokenizer))
+        groups, fed, asked = _decoding(blocks, batch.guesses, sum(span.size for span in spans))
+        step = self.decoder.step(spans, groups)
+        started = {
+            index: Generation.of(item, self.tokenizer)
             for index, item in enumerate(batch.items)
             if isinstance(item, Sequence) and item.request.max_tokens
         }
-        generations = [*starting.values(), *(generation for owners in decoding for generation in owners)]
-        samplers = [generation.sampler for generation in generations]
-        step = Step(spans, list(zip(groups, fed, strict=True)))
-        hidden = self._forward(step, samplers)
-        asked = [hidden[step.rows[index].stop - 1][None] for index in starting]
-        asked += [hidden[group.tokens] for group in groups]
-        tokens = next_tokens(torch.cat(asked), self.decoder.lm_head, samplers) if asked else []
-        drawn = list(zip(generations, tokens, strict=True))
+        asked |= {g: [step.rows[index].stop - 1] for index, g in started.items() if not g.sampler.forced()}
+        guesses = [batch.guesses.get(generation, []) for generation in asked]
+        hidden, masks = self._forward(step, [generation.sampler for generation in asked], guesses)
+        samplers = [generation.sampler for generation, places in asked.items() for _ in places]
+        places = [*chain.from_iterable(asked.values())]
+        drawn = iter(next_tokens(hidden[places], self.decoder.lm_head, samplers, masks) if places else [])
+        tokens = [agreed(guess, [*islice(drawn, len(guess) + 1)]) for guess in guesses]
         return Answers(
             kept=[span.keep for span in spans],
             logprobs=self._scores(batch, spans, step, hidden),
-            started=[(index, *pair) for index, pair in zip(starting, drawn, strict=False)],
-            tokens=drawn[len(starting) :],
+            started=started,
+            fed=fed,
+            tokens=dict(zip(asked, tokens, strict=True)),
         )
 
     def commit(self, batch: Batch, answers: Answers) -> list[Sequence]:
@@ -134,19 +184,23 @@ class Runner:
             assert isinstance(sequence, Sequence)
             sequence.finish(Completion(logprobs=logprobs, computed_tokens=sequence.num_computed_tokens))
             finished.append(sequence)
-        for index, generation, token_id in answers.started:
+        for index, generation in answers.started.items():
             sequence, kept = generation.sequence, answers.kept[index]
             assert kept is not None
-            if self._accept(generation, token_id):
+            if self._accept(generation, answers.tokens.get(generation, [])):
                 finished.append(sequence)
             else:
                 past = [segment.kv for segment in sequence.parent.chain()] if sequence.parent else []
                 self._new.append((generation, [*past, kept]))
-        for generation, token_id in answers.tokens:
-            generation.sequence.num_computed_tokens += 1
-            if self._accept(generation, token_id):
+        for generation, count in answers.fed.items():
+            token_ids = answers.tokens.get(generation, [])
+            if generation.guesser is not None and generation in batch.guesses:
+                generation.guesser.learn(len(batch.guesses[generation]), len(token_ids) - 1)
+            generation.sequence.num_computed_tokens += count
+            if self._accept(generation, token_ids):
                 finished.append(generation.sequence)
-                self._ended.add(id(generation))
+            else:
+                self._filled[generation] = count + max(0, len(token_ids) - 1)
         return finished
 
     def fail(self, batch: Batch, message: str) -> list[Sequence]:
@@ -154,7 +208,6 @@ class Runner:
         for tiles, rows in batch.rows.items():
             for row in rows:
                 generation = self.cache.blocks[tiles].owners[row]
-                self._ended.add(id(generation))
                 generation.sequence.finish(Completion(error=message))
                 return [generation.sequence]
         for item in batch.items:
@@ -164,21 +217,22 @@ class Runner:
         return []
 
     def settle(self) -> None:
-        """Count the step's tokens: call once after every batch of a step."""
-        self.cache.advance(self._ended)
+        """Count the step's tokens, and let go of what is finished: call once after every batch of a step."""
+        self.cache.advance(self._filled)
         for generation, parts in self._new:
             self.cache.add(generation, parts)
-        self._new, self._ended = [], set()
+        self._new, self._filled = [], {}
 
-    def _forward(self, step: Step, samplers: list[SequenceSampler]) -> Tensor:
-        """Return the step's hidden states; masks of grammars are filled meanwhile."""
-        if not any(sampler.matcher for sampler in samplers):
-            return self.decoder.forward(step)
-        masks = self._masks.submit(prepare_masks, samplers)
+    def _forward(
+        self, step: Step, samplers: list[SequenceSampler], guesses: list[list[int]]
+    ) -> tuple[Tensor, list[Mask | None]]:
+        """Return the step's hidden states, and masks of grammars as `prepare_masks`, filled meanwhile."""
+        self.num_tokens += len(step.token_ids)
+        masks = self._masks.submit(prepare_masks, samplers, guesses)
         try:
-            return self.decoder.forward(step)
+            return self.decoder.forward(step), masks.result()
         finally:
-            masks.result()
+            masks.exception()
 
     def _span(self, item: Item) -> Span:
         past = tuple(segment.kv for segment in item.parent.chain()) if item.parent else ()
@@ -215,7 +269,8 @@ class Runner:
         offsets = torch.tensor([-1 if parent == ROOT else parent for parent in tree.parents])
         asked = hidden[(ends[:, None] + offsets).view(-1)]
         token_ids = tree.token_ids
-        logits = cpu.token_logits(asked, self.decoder.lm_head, torch.tensor(token_ids)).double()  # [B * P, U]
+        targets = torch.tensor(token_ids, device=hidden.device)
+        logits = ops.token_logits(asked, self.decoder.lm_head, targets).cpu().double()  # [B * P, U]
         width = max(map(len, tree.targets))
         place = {token_id: index for index, token_id in enumerate(token_ids)}
         columns = torch.tensor([[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in tree.targets])
@@ -227,11 +282,19 @@ class Runner:
         sums.index_add_(1, owner, logprobs[:, parent, slot])
         return [tuple(row) for row in sums.tolist()]
 
-    def _accept(self, generation: Generation, token_id: int) -> bool:
-        """Give a sequence its next token; finish it if it ends there, and return whether it did."""
+    def _accept(self, generation: Generation, token_ids: list[int]) -> bool:
+        """Give a sequence its next tokens, and then those that its grammar leaves no choice of.
+
+        Finishes it if it ends among them, and returns whether it did.
+        """
         sequence, sampler = generation.sequence, generation.sampler
+        reason = None
         try:
-            reason = sampler.accept(token_id)
+            for place, token_id in enumerate(token_ids):
+                sequence.num_computed_tokens += place > 0  # the one before it was fed, too
+                if reason := sampler.accept(token_id):
+                    break
+            reason = reason or sampler.accept_forced()
         except ValueError as error:  # its grammar: nobody else's answer hangs on it
             sequence.finish(Completion(error=f"{type(error).__name__}: {error}"))
             return True
@@ -249,3 +312,44 @@ class Runner:
     def close(self) -> None:
         """Let the thread that fills masks go."""
         self._masks.shutdown()
+
+
+def _unfed(block: Block[Generation], row: int) -> list[int]:
+    """Return what a step must feed to `row` of `block`: tokens of its answer, as many as its slots have room for."""
+    length = block.lengths[row]
+    return block.owners[row].unfed(length)[: block.num_slots - length]
+
+
+def _decoding(
+    blocks: list[tuple[Block[Generation], range]], guesses: dict[Generation, list[int]], offset: int
+) -> tuple[list[tuple[DecodeGroup, list[int]]], dict[Generation, int], dict[Generation, list[int]]]:
+    """Return what a step adds to rows of `blocks`.
+
+    Args:
+        blocks: with the rows of each.
+        guesses: what follows the last token of some of them.
+        offset: the first one's place among the step's tokens.
+
+    Returns: groups and their tokens; how many of its answer each sequence is fed; and, if these are all that is known
+        of it, where the last of them stands in the step, and what is guessed behind it.
+    """
+    groups: list[tuple[DecodeGroup, list[int]]] = []
+    fed: dict[Generation, int] = {}
+    asked: dict[Generation, list[int]] = {}
+    for block, rows in blocks:
+        token_ids = []
+        behind = offset + len(rows)
+        for place, row in enumerate(rows, offset):
+            generation, known = block.owners[row], _unfed(block, row)
+            token_ids.append([*known, *guesses.get(generation, [])])
+            places = [place, *range(behind, behind + len(token_ids[-1]) - 1)]
+            behind += len(places) - 1
+            fed[generation] = len(known)
+            if len(known) == len(generation.unfed(block.lengths[row])):
+                asked[generation] = places[len(known) - 1 :]
+        groups.append((block.group(rows), [ids[0] for ids in token_ids]))
+        more = chain.from_iterable(ids[1:] for ids in token_ids)
+        for group in block.behind(rows, [len(ids) - 1 for ids in token_ids]):
+            groups.append((group, [*islice(more, len(group.lengths))]))
+        offset = behind
+    return groups, fed, asked

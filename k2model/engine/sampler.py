@@ -17,7 +17,7 @@ from torch import Tensor
 from k2model.engine.grammar import compile_grammar, fill_masks, vocabulary_of
 from k2model.engine.request import Request, Sampling
 from k2model.tokenizer import Tokenizer
-from kernels import cpu
+from kernels import ops
 
 FinishReason = Literal["stop", "length"]
 
@@ -26,6 +26,8 @@ _VOCAB_BLOCK = 1024
 sequences on one AVX2 core a step's logits take 70 ms, in blocks of 8,192 116 ms, all at once 150 ms."""
 
 Weights = np.ndarray[tuple[int], np.dtype[np.float32]]
+Mask = np.ndarray[tuple[int], np.dtype[np.uint8]]
+"""What may come next, a row of `fill_masks`."""
 
 
 class SequenceSampler:
@@ -38,8 +40,6 @@ class SequenceSampler:
         """The answer so far. A stop token is no part of it, nor is a stop string or what its tokens bring behind it;
         letters before one, in the same token, are spelled anew."""
         self.matcher = compile_grammar(request.grammar, tokenizer) if request.grammar else None
-        self.mask: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = None
-        """What may come next, a row of `fill_masks`; None if not yet prepared."""
         self._stop_ids = {*request.stop_ids, *(tokenizer.stop_ids if request.grammar else ())}
         self._tokenizer = tokenizer
         self._text = bytearray()
@@ -51,7 +51,6 @@ class SequenceSampler:
 
         Raises: ValueError if the grammar does not allow the token.
         """
-        self.mask = None
         if token_id in self._stop_ids:
             return "stop"
         self.output_ids.append(token_id)
@@ -62,6 +61,25 @@ class SequenceSampler:
         if self.matcher is not None and self.matcher.is_finished():
             return "stop"
         return "length" if len(self.output_ids) >= self.request.max_tokens else None
+
+    def forced(self) -> list[int]:
+        """Return the tokens that its grammar leaves no choice of: none needs a model to be drawn."""
+        return self.matcher.forced() if self.matcher is not None else []
+
+    def possible(self, token_ids: list[int]) -> list[int]:
+        """Return those of `token_ids`, from the first on, that the answer may go on with, and does not end at."""
+        count = next((i for i, token_id in enumerate(token_ids) if token_id in self._stop_ids), len(token_ids))
+        if self.matcher is not None and count:
+            count = self.matcher.count_possible(token_ids[:count])
+        return token_ids[:count]
+
+    def accept_forced(self) -> FinishReason | None:
+        """Add every token there is no choice of; return as `accept`."""
+        while token_ids := self.forced():
+            for token_id in token_ids:
+                if reason := self.accept(token_id):
+                    return reason
+        return None
 
     def _ends_at_stop_string(self) -> bool:
         """Return whether the last token completed a stop string, and if so cut the answer before it.
@@ -85,42 +103,48 @@ class SequenceSampler:
         return True
 
 
-def prepare_masks(samplers: Sequence[SequenceSampler]) -> None:
-    """Fill the mask of every sampler that has a grammar and no mask yet, in one call outside Python's lock.
+def prepare_masks(samplers: Sequence[SequenceSampler], guesses: Sequence[Sequence[int]]) -> list[Mask | None]:
+    """Return what may come next in each answer, and behind each token guessed of it; None where anything may.
 
-    May run in a thread beside the forward pass whose hidden states `next_tokens` gets, but not beside `accept`.
+    Filled outside Python's lock. May run in a thread beside the forward pass whose hidden states `next_tokens` gets,
+    but not beside `accept`.
+
+    Args:
+        samplers: of the sequences.
+        guesses: `possible` tokens of each.
 
     Raises: ValueError if a grammar proves too complex.
     """
-    waiting = [sampler for sampler in samplers if sampler.matcher is not None and sampler.mask is None]
-    if waiting:
-        masks = fill_masks([sampler.matcher for sampler in waiting if sampler.matcher is not None])
-        for sampler, mask in zip(waiting, masks, strict=True):
-            sampler.mask = mask
+    bound = [(s.matcher, guess) for s, guess in zip(samplers, guesses, strict=True) if s.matcher is not None]
+    masks = iter(fill_masks(*zip(*bound, strict=True)) if bound else [])
+    rows = [sampler for sampler, guess in zip(samplers, guesses, strict=True) for _ in range(len(guess) + 1)]
+    return [None if sampler.matcher is None else next(masks) for sampler in rows]
 
 
-def next_tokens(hidden: Tensor, lm_head: Tensor, samplers: Sequence[SequenceSampler]) -> list[int]:
-    """Return the next token of each sequence. Changes nothing: asked again, the answer is the same.
+def next_tokens(
+    hidden: Tensor, lm_head: Tensor, samplers: Sequence[SequenceSampler], masks: Sequence[Mask | None]
+) -> list[int]:
+    """Return the next token of each row. Changes nothing: asked again, the answer is the same.
 
     Args:
-        hidden: [B, D] float32, after the final norm.
+        hidden: [R, D] float32, after the final norm.
         lm_head: [V, D] the output embedding.
-        samplers: of the B sequences; masks that are not prepared are filled here.
+        samplers: of the R rows; one with guesses has several.
+        masks: of the R rows, by `prepare_masks`.
     """
-    prepare_masks(samplers)
     tokens = [0] * len(samplers)
     greedy = [i for i, sampler in enumerate(samplers) if not sampler.request.sampling.temperature]
-    free = [i for i in greedy if samplers[i].matcher is None]
-    bound = [i for i in greedy if samplers[i].matcher is not None]
+    free = [i for i in greedy if masks[i] is None]
+    bound = [i for i in greedy if masks[i] is not None]
     drawn = [i for i, sampler in enumerate(samplers) if sampler.request.sampling.temperature]
     if free:
-        _put(tokens, free, cpu.argmax_token(hidden[free], lm_head).tolist())
+        _put(tokens, free, ops.argmax_token(hidden[free], lm_head).tolist())
     if bound:
-        allowed = torch.stack([_allowed(samplers[i], len(lm_head)) for i in bound])
-        _put(tokens, bound, cpu.argmax_token(hidden[bound], lm_head, allowed).tolist())
+        allowed = torch.stack([_allowed(samplers[i], masks[i], len(lm_head)) for i in bound])
+        _put(tokens, bound, ops.argmax_token(hidden[bound], lm_head, allowed.to(hidden.device)).tolist())
     if drawn:
-        logits = _logits(hidden[drawn], lm_head)
-        _put(tokens, drawn, [_draw(row, samplers[i]) for row, i in zip(logits, drawn, strict=True)])
+        logits = _logits(hidden[drawn], lm_head).cpu()
+        _put(tokens, drawn, [_draw(row, samplers[i], masks[i]) for row, i in zip(logits, drawn, strict=True)])
     return tokens
 
 
@@ -129,27 +153,27 @@ def _put(tokens: list[int], places: list[int], values: list[int]) -> None:
         tokens[place] = value
 
 
-def _allowed(sampler: SequenceSampler, num_rows: int) -> Tensor:
+def _allowed(sampler: SequenceSampler, mask: Mask | None, num_rows: int) -> Tensor:
     """Return [num_rows] bool: the tokens that may come next; never one that is only padding of the embedding."""
-    assert sampler.mask is not None
+    assert mask is not None
     assert sampler.matcher is not None
     size = min(sampler.matcher.vocabulary.size, num_rows)
-    bits = torch.from_numpy(np.unpackbits(sampler.mask, count=size, bitorder="little")).bool()
+    bits = torch.from_numpy(np.unpackbits(mask, count=size, bitorder="little")).bool()
     return torch.nn.functional.pad(bits, (0, num_rows - size))
 
 
 def _logits(hidden: Tensor, lm_head: Tensor) -> Tensor:
     """Return [R, V] float32, each row's bits its own; of a head in bfloat16 a block is widened at a time."""
-    return torch.cat([cpu.row_matmul(hidden, rows.float().t()) for rows in lm_head.split(_VOCAB_BLOCK)], dim=1)
+    return torch.cat([ops.row_matmul(hidden, rows.float().t()) for rows in lm_head.split(_VOCAB_BLOCK)], dim=1)
 
 
-def _draw(logits: Tensor, sampler: SequenceSampler) -> int:
+def _draw(logits: Tensor, sampler: SequenceSampler, mask: Mask | None) -> int:
     """Return a token drawn by its probability: one random number, and the inverse of the distribution function.
 
     In numpy, which computes on one thread: the order of a sum does not depend on how many there are.
     """
-    if sampler.matcher is not None:
-        logits = logits.masked_fill(~_allowed(sampler, len(logits)), float("-inf"))
+    if mask is not None:
+        logits = logits.masked_fill(~_allowed(sampler, mask, len(logits)), float("-inf"))
     sampling = sampler.request.sampling
     values: Any = logits.numpy()
     weights = np.exp((values - values.max()) / np.float32(sampling.temperature))

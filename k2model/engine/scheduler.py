@@ -55,12 +55,19 @@ class Sequence:
     """What it continues."""
     num_computed_tokens: int = 0
     """Tokens computed for it: those of segments it was the first to need among them."""
+    num_segment_tokens: int = 0
+    """Those of segments alone."""
 
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens of its prefill that no other sequence shares."""
         branches = len(self.tree.branches.token_ids) if self.tree else 0
         return len(self.request.prompt_ids) - (self.parent.end if self.parent else 0) + branches
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Tokens of its prompt that were computed for others, or once for all."""
+        return max(0, (self.parent.end if self.parent else 0) - self.num_segment_tokens)
 
     @property
     def num_kv_tokens(self) -> int:
@@ -75,8 +82,10 @@ class Sequence:
 
     def finish(self, completion: Completion) -> None:
         """Answer everyone who asked; the first one's answer says what was computed for it."""
+        first = replace(completion, shared_tokens=self.num_shared_tokens)
+        other = replace(completion, computed_tokens=0, shared_tokens=len(self.request.prompt_ids))
         for place, (submission, index) in enumerate(self.owners):
-            submission.finish(index, replace(completion, computed_tokens=0) if place else completion)
+            submission.finish(index, other if place else first)
 
 
 Item = Segment | Sequence
@@ -157,6 +166,7 @@ class Scheduler:
                 fresh = _between(sequence.parent, root)
                 size = sum(len(segment.token_ids) for segment in fresh)
             sequence.num_computed_tokens += size
+            sequence.num_segment_tokens += size
             wave.append(sequence)
             seen.update(fresh)
             held += size
@@ -173,6 +183,7 @@ class Scheduler:
                     break
                 sequence.parent = Segment(sequence.request.prompt_ids[begin:end], sequence.parent)
                 sequence.num_computed_tokens += end - begin
+                sequence.num_segment_tokens += end - begin
                 yield sequence.parent
             yield sequence
 
