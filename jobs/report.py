@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from jobs.churn import Churn, churn_lines, read_churn, write_churn
 from pipelines import finalize, storage
+from pipelines.arithmetic import CAUSES
 from pipelines.commit import done_units, read_plan, read_receipt
 from schemas.annotations import task_columns
 from schemas.errors import SpecError
@@ -90,7 +91,8 @@ def report(run_url: str, against: str = "") -> tuple[str, dict[str, Any]]:
     manifest = read_manifest(plan)
     url = publish_report(plan, manifest, against)
     found = read_churn(plan)
-    facts = asdict(manifest) | {"report": url, "churn": asdict(found) if found is not None else None}
+    facts = asdict(manifest) | {"flops_per_token": asdict(plan.flops), "report": url}
+    facts |= {"churn": asdict(found) if found is not None else None}
     return text_report(plan, manifest), facts
 
 
@@ -113,6 +115,7 @@ def render(plan: Plan, manifest: Manifest, churn: Churn | None = None) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         how_to_read=how_to_read(plan),
         share=share,
+        flops=flops_lines(plan, manifest),
         ending=ending(manifest),
         churn=churn,
     )
@@ -128,6 +131,7 @@ def text_report(plan: Plan, manifest: Manifest) -> str:
         f"  tokens    {manifest.prompt_tokens:,} in the prompts, {manifest.computed_tokens:,} computed"
         f" ({share(manifest.computed_tokens, manifest.prompt_tokens)}), {manifest.output_tokens:,} written",
         f"  model     computing {manifest.engine_busy:.0%} of the time",
+        *(f"  {'FLOPs' if not place else '':<9} {line}" for place, line in enumerate(flops_lines(plan, manifest))),
     ]
     if manifest.attempts > manifest.units_done:
         lines.append(f"  attempts  {manifest.attempts:,} at {manifest.units_done:,} units: processes died under some")
@@ -149,6 +153,28 @@ def text_report(plan: Plan, manifest: Manifest) -> str:
         f"  verify    k2batch verify {plan.output}",
     ]
     return "\n".join(lines)
+
+
+def flops_lines(plan: Plan, manifest: Manifest) -> list[str]:
+    """Return the arithmetic of a run: what was computed, and what was not, each cause by its own name."""
+    if not manifest.flops:
+        return []
+    per_token = f", {short(plan.flops.token)} a token" if plan.flops.token else ""
+    computed = manifest.flops["computed"]
+    saved = [(flops, cause) for key, cause in CAUSES.items() if (flops := manifest.flops.get(key, 0))]
+    return [
+        f"{short(computed)} computed{per_token}; attention over keys and the output head come on top",
+        *(f"{short(flops)} not computed: {cause}" for flops, cause in saved),
+    ]
+
+
+def short(number: float) -> str:
+    """Return a number to three digits with its decimal prefix, such as `1.23 T`."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(number) < 999.5 or prefix == "E":
+            break
+        number /= 1000
+    return f"{number:,.3g} {prefix}".rstrip()
 
 
 def ending(manifest: Manifest) -> str:

@@ -17,17 +17,22 @@ from jobs.progress import Say, Show, duration, watch
 from jobs.report import publish_report, share
 from jobs.spec import JobSpec
 from jobs.stopping import CallUnderWay, recorded, sample_receipts, stoppable
+from k2model.flops import token_flops
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
 from pipelines.annotate import OpenEngine
 from pipelines.cache_files import tidy
-from pipelines.commit import done_units, pending_units, read_failures, write_plan
+from pipelines.commit import done_units, pending_units, planned_text, read_failures, write_plan
 from pipelines.finalize import finalize
 from pipelines.prompts import Prompts
 from pipelines.stop import Stop, longest_first, pace_of, read_calls, work
 from pipelines.supervise import peak_memory, prepare
-from pipelines.tokens import Tokens, count_tokens
+from pipelines.text_order import Order, fewest_tokens, orders_of
+from pipelines.tokens import Tokens, count_orders, count_tokens
 from pipelines.units import make_plan
-from schemas.runs import Manifest, Plan, Unit
+from schemas.runs import DEVICES, Manifest, ModelFlops, Plan, Unit
+
+ORDERS_SHOWN = 3
+"""Orders of the text columns told beside the planned one; `--json` has all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,16 +76,18 @@ class Summary:
 def plan_job(spec: JobSpec) -> Plan:
     """Return the plan of the job; writes nothing.
 
+    With `text_order = "shared"` the order of its text columns is chosen here, unless the run has a plan: that has it.
+
     Raises: SpecError; SchemaMismatch; CheckpointError; StorageError.
     """
-    return make_plan(
+    plan = make_plan(
         job=spec.name,
         urls=spec.urls,
         output=spec.output,
         columns=spec.columns,
         tasks=spec.tasks,
         checkpoint=spec.checkpoint,
-        model_fingerprint=fingerprint(spec.checkpoint, spec.precision, spec.router_thresholds),
+        model_fingerprint=fingerprint(spec.checkpoint, spec.precision, spec.router_thresholds, DEVICES[spec.mode]),
         mode=spec.mode,
         precision=spec.precision,
         router_thresholds=spec.router_thresholds,
@@ -89,7 +96,22 @@ def plan_job(spec: JobSpec) -> Plan:
         unit_rows=spec.unit_rows,
         on_bad_file=spec.on_bad_file,
         uses_cache=spec.cache_gb > 0,
+        text_order=spec.text_order,
     )
+    plan = replace(plan, flops=ModelFlops(**token_flops(open_checkpoint(spec.checkpoint).config())))
+    if spec.text_order == "given" or len(plan.columns.text) == 1:
+        return plan
+    text = planned_text(plan) or fewest_tokens(plan_orders(spec, plan))
+    return replace(plan, columns=replace(plan.columns, text=text))
+
+
+def plan_orders(spec: JobSpec, plan: Plan) -> dict[Order, Tokens]:
+    """Return what the job's rows will cost in tokens by the order of their text columns, the one given first.
+
+    Nothing if there is but one. Raises: as `plan_tokens`.
+    """
+    orders = orders_of(spec.columns.text)
+    return count_orders(plan, _prompts(spec, plan), orders) if len(orders) > 1 else {}
 
 
 def plan_tokens(spec: JobSpec, plan: Plan) -> Tokens:
@@ -97,14 +119,18 @@ def plan_tokens(spec: JobSpec, plan: Plan) -> Tokens:
 
     Raises: SpecError; CheckpointError; StorageError.
     """
+    return count_tokens(plan, _prompts(spec, plan))
+
+
+def _prompts(spec: JobSpec, plan: Plan) -> Prompts:
     from k2model.compress.recipe import open_tokenizer  # loads torch, which a run does only in its workers
 
     source = open_checkpoint(spec.checkpoint)
     limit = min(plan.max_prompt_tokens, source.config().max_position_embeddings)
-    return count_tokens(plan, Prompts(plan.tasks, open_tokenizer(source), limit))
+    return Prompts(plan.tasks, open_tokenizer(source), limit)
 
 
-def plan_facts(spec: JobSpec, plan: Plan, tokens: Tokens) -> dict[str, Any]:
+def plan_facts(spec: JobSpec, plan: Plan, tokens: Tokens, orders: Mapping[Order, Tokens]) -> dict[str, Any]:
     """Return the plan as `k2batch plan --json` prints it. Raises: StorageError."""
     return {
         "run_id": plan.run_id,
@@ -117,6 +143,19 @@ def plan_facts(spec: JobSpec, plan: Plan, tokens: Tokens) -> dict[str, Any]:
         "is_estimate": tokens.is_estimate,
         "unreadable_units": tokens.unreadable,
         "error_codes": dict(sorted(tokens.rejects.items())),
+        **_tokens_facts(tokens),
+        "max_output_tokens": tokens.generated,
+        "text_order": plan.columns.text,
+        "text_orders": [
+            {"text_order": order, "rows_read": counted.rows, **_tokens_facts(counted)}
+            for order, counted in orders.items()
+        ],
+        "projected": projection(spec, plan, tokens, find_rate(spec, plan)),
+    }
+
+
+def _tokens_facts(tokens: Tokens) -> dict[str, Any]:
+    return {
         "prompt_tokens": tokens.prompt_tokens,
         "cached_tokens": {
             "duplicates": tokens.duplicates,
@@ -125,12 +164,10 @@ def plan_facts(spec: JobSpec, plan: Plan, tokens: Tokens) -> dict[str, Any]:
         },
         "scored_tokens": tokens.scored,
         "computed_tokens": tokens.computed_tokens,
-        "max_output_tokens": tokens.generated,
-        "projected": projection(spec, plan, tokens, find_rate(spec, plan)),
     }
 
 
-def plan_text(plan: Plan, tokens: Tokens, projected: Mapping[str, Any]) -> str:
+def plan_text(plan: Plan, tokens: Tokens, orders: Mapping[Order, Tokens], projected: Mapping[str, Any]) -> str:
     """Return the plan for people: what is read, what is refused, tokens before and after sharing, time and cost."""
     lines = [f"{plan.run_id}: {plan.rows:,} rows in {plan.files} files, {len(plan.units)} units, to {plan.output}"]
     lines += [f"  rejected file {file.url}: {file.error_code}: {file.error_message}" for file in plan.rejected_files]
@@ -153,7 +190,26 @@ def plan_text(plan: Plan, tokens: Tokens, projected: Mapping[str, Any]) -> str:
     }
     lines += [f"    {what:<32}{count:>16,}" for what, count in counts.items()]
     lines.append(f"    {'written, at most':<32}{tokens.generated:>16,}")
-    return "\n".join([*lines, projection_text(projected)])
+    return "\n".join([*lines, *_orders_text(plan, orders), projection_text(projected)])
+
+
+def _orders_text(plan: Plan, orders: Mapping[Order, Tokens]) -> list[str]:
+    """Return what would be computed in the planned order of the text columns, and in the best others."""
+    if len(orders) < 2:
+        return []
+    planned = orders[plan.columns.text]
+    best = fewest_tokens(orders)
+    others = sorted((order for order in orders if order != plan.columns.text), key=lambda o: orders[o].computed_tokens)
+    of_rows = f"estimated from {planned.rows:,} rows" if planned.is_estimate else "of all rows"
+    lines = [f"  computed tokens by order of the text columns, {of_rows}:"]
+    for order in (plan.columns.text, *others[:ORDERS_SHOWN]):
+        computed = orders[order].computed_tokens
+        of_planned = f"{share(computed, planned.computed_tokens)} of that"
+        note = "as planned" if order == plan.columns.text else of_planned
+        lines.append(f"    {', '.join(order):<32}{computed:>16,}  {note}")
+    if orders[best].computed_tokens < planned.computed_tokens:
+        lines.append(f'    [input] text_order = "shared" asks with {", ".join(best)}: other prompts, a run of its own')
+    return lines
 
 
 def run(
@@ -180,16 +236,18 @@ def run(
     pending = pending_units(plan)
     done = {unit.unit_id for unit in plan.units} - {unit.unit_id for unit in pending}
     _announce(plan, len(pending), say)
+    if spec.text_order != "given":
+        say(f"  order of the text columns: {', '.join(plan.columns.text)}")
     spent_s = spent_seconds(read_calls(plan.output))
     restarts = 0
     if not pending:
         manifest = _publish(spec, plan)
     else:
         limit = limit_of(spec, spent_s, started)
-        with recorded(plan, spec, start) as call:
+        with recorded(plan, spec, start, limit=limit, say=say) as call:
             stop = _stop(plan, done, call, limit, say)
             shown = watch(plan, done, shows, say=say, cost=lambda s: cost_of(spent_s + s, spec.price_per_hour))
-            with stoppable(call, grace_s=spec.grace_seconds, say=say), shown:
+            with stoppable(call), shown:
                 restarts = _annotate(spec, plan, pending, stop, say, open_engine)
             manifest = _publish(spec, plan, stopped_by=_stopped_by(plan, pending, call, limit, say))
             if plan.uses_cache:

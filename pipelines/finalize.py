@@ -118,6 +118,7 @@ def make_manifest(
         rejects=tuple(sums.rejects),
         rejected_files=rejected_files,
         engine_busy=round(sums.busy_rows / (sums.rows or 1), 3),
+        flops=dict(sums.flops),
     )
 
 
@@ -131,6 +132,7 @@ class _Sums:
     rejects: list[str] = field(default_factory=list)
     totals: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TOTALS, 0)))
     error_codes: Counter[str] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     busy_rows: float = 0.0
     """The receipts' share of time that the model computed, times their rows."""
@@ -143,6 +145,7 @@ class _Sums:
         for name in _TOTALS:
             self.totals[name] += getattr(receipt, name)
         self.error_codes.update(receipt.error_codes)
+        self.flops.update(receipt.flops)
         self.rows += receipt.rows
         self.busy_rows += receipt.engine_busy * receipt.rows
         for name, rows in self.labels.items():

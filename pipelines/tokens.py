@@ -6,7 +6,7 @@ Tokenizes the rows as the run will, a unit at a time, and shares what the engine
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from k2model.engine.candidates import candidate_tree
 from k2model.engine.prefix import Segment, share
@@ -67,28 +67,40 @@ class Tokens:
 
 
 def count_tokens(plan: Plan, prompts: SupportsPrompts, *, max_rows: int = MAX_ROWS) -> Tokens:
-    """Return the tokens of the job; estimated, from units drawn by a fixed seed, if it has more than `max_rows` rows.
+    """Return the tokens of the job, as `count_orders` does for the planned order of its text columns."""
+    return count_orders(plan, prompts, [plan.columns.text], max_rows=max_rows)[plan.columns.text]
 
+
+def count_orders(
+    plan: Plan, prompts: SupportsPrompts, orders: Sequence[tuple[str, ...]], *, max_rows: int = MAX_ROWS
+) -> dict[tuple[str, ...], Tokens]:
+    """Return the tokens of the job for each of these orders of its text columns, counted on the same rows.
+
+    Estimated, from units drawn by a fixed seed, if all orders together have more than `max_rows` rows to tokenize.
     Memory for shared beginnings is taken to suffice, as it does but for beginnings of more than 32,768 tokens.
 
     Raises: StorageError.
     """
-    units = _draw(plan.units, max_rows)
+    units = _draw(plan.units, max_rows // len(orders))
     names = (plan.columns.id, *plan.columns.text)
-    tokens = Tokens()
-    roots: set[tuple[int, ...]] = set()
+    counts = {order: Tokens() for order in orders}
+    roots: dict[tuple[str, ...], set[tuple[int, ...]]] = {order: set() for order in orders}
     for unit in units:
         try:
             table = read_unit(unit, columns=names)
         except SchemaMismatch as error:
-            tokens.unreadable.append(error.message)
+            for tokens in counts.values():
+                tokens.unreadable.append(error.message)
             continue
-        tokens.rows += table.num_rows
-        _add_unit(tokens, ask(row_texts(table, plan.columns), prompts), roots)
+        for order, tokens in counts.items():
+            tokens.rows += table.num_rows
+            texts = row_texts(table, replace(plan.columns, text=order))
+            _add_unit(tokens, ask(texts, prompts), roots[order])
     if len(units) < len(plan.units):
-        tokens = tokens.scaled(plan.rows)
-    tokens.instructions -= sum(map(len, roots))  # the first time each is computed
-    return tokens
+        counts = {order: tokens.scaled(plan.rows) for order, tokens in counts.items()}
+    for order, tokens in counts.items():
+        tokens.instructions -= sum(map(len, roots[order]))  # the first time each is computed
+    return counts
 
 
 def _draw(units: Sequence[Unit], max_rows: int) -> list[Unit]:

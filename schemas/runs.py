@@ -110,6 +110,22 @@ class RejectedFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFlops:
+    """FLOPs of a token in all linears and routers; attention over keys and the output head come on top."""
+
+    token: int = 0
+    """With the experts that it is routed to. 0, as the others, in plans of earlier versions."""
+    all_experts: int = 0
+    """With all experts: a dense model of the same weights."""
+    expert: int = 0
+    """Of one expert of one layer; 0 for a dense model."""
+
+
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+"""`[deploy] mode` to what torch calls the device that computes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Everything a worker needs to know, and everything a rerun must find unchanged."""
 
@@ -122,10 +138,13 @@ class Plan:
     checkpoint: str
     model_fingerprint: str
     mode: str
+    """A key of DEVICES."""
     precision: str = "int8"
     """What the model's values are rounded to, as `k2model.decoder.precision` lists; so in plans of earlier versions."""
     router_thresholds: tuple[float, ...] = ()
     """Of each layer, to drop experts by; none: a token gets all that its router chose."""
+    flops: ModelFlops = ModelFlops()
+    """Of the model; says nothing about the result."""
     prefix: str
     """Written before every added column's name."""
     max_prompt_tokens: int
@@ -162,6 +181,7 @@ class Plan:
         raw["units"] = units
         raw["rejected_files"] = tuple(RejectedFile(**file) for file in raw["rejected_files"])
         raw["router_thresholds"] = tuple(raw.get("router_thresholds", ()))
+        raw["flops"] = ModelFlops(**raw.get("flops", {}))
         return cls(**raw)
 
 
@@ -193,7 +213,8 @@ class Receipt:
     """Share of the time from the first prompt to the last answer in which the model computed, for any unit."""
     rows_cached: int = 0
     """Rows of route `cache`."""
-
+    flops: dict[str, int] = field(default_factory=dict)
+    """`computed` by its process since it wrote another receipt, and saved, by cause, as `pipelines.arithmetic` says."""
     attempts: int = 1
     """Begun at the unit until one ended with this receipt."""
 
@@ -233,6 +254,8 @@ class Manifest:
     engine_busy: float = 0.0
     """The receipts' share, weighted by rows."""
     rows_cached: int = 0
+    flops: dict[str, int] = field(default_factory=dict)
+    """The receipts' sums; empty where the model's FLOPs are not known."""
     attempts: int = 0
     """Begun at the units that are done: one each, and one more for each that ended without a receipt."""
 

@@ -113,7 +113,7 @@ def test_overrides_win_and_may_supply_what_the_file_lacks(tmp_path: Path) -> Non
         ('url = "out/"', "url = 3", "[output] url is 3, expected a string in quotes", ""),
         ("[job]", "[limits]\nmax_reject_rate = 1.5\n[job]", "max_reject_rate is 1.5", ""),
         ("[job]", "[limits]\nmax_prompt_tokens = true\n[job]", "max_prompt_tokens is True", ""),
-        ("[job]", '[deploy]\nmode = "gpu"\n[job]', 'mode is "gpu", expected one of: cpu', "leave it out"),
+        ("[job]", '[deploy]\nmode = "cuda"\n[job]', 'mode is "cuda", expected one of: cpu, gpu', ""),
         ("[job]", '[deploy]\nrunner = "daks"\n[job]', 'runner is "daks"', 'did you mean "dask"?'),
         ("[job]", "[deploy]\nworkers = 0\n[job]", "workers is 0", ""),
         ("[job]\n", 'model = "x"\n[job]\n', 'model is "x", expected a table', "[model]"),
