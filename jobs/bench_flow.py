@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from jobs.bench_scale import NO_FINGERPRINT, SPEC, bench_plan
 from k2model.compress.recipe import open_tokenizer
-from k2model.engine.request import Completion, Request
+from k2model.engine.request import Completion, Request, Work
 from k2model.formats.checkpoint import open_checkpoint
 from k2model.tokenizer import Tokenizer
 from pipelines.annotate import Block, OpenEngine, SupportsAnnotate, annotate
@@ -38,10 +38,15 @@ class _NoEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    def take_work(self) -> Work:
+        """Return that nothing was computed."""
+        return Work()
+
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         """Return a future that is done."""
         future: Future[list[Completion]] = Future()
-        future.set_result([_no_completion(len(request.candidates)) for request in requests])
+        made = {number: _no_completion(number) for number in {len(request.candidates) for request in requests}}
+        future.set_result([made[len(request.candidates)] for request in requests])
         return future
 
 
@@ -63,10 +68,10 @@ class _NoTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def encode(self, text: str) -> list[int]:
-        """Return as many numbers as the text has groups of 4 bytes."""
-        data = text.encode()
-        return memoryview(data + b" " * (-len(data) % 4)).cast("I").tolist()
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return, for each text, as many numbers as it has groups of 4 bytes."""
+        padded = (data + b" " * (-len(data) % 4) for data in map(str.encode, texts))
+        return [memoryview(data).cast("I").tolist() for data in padded]
 
 
 def open_no_tokenizer(plan: Plan) -> SupportsAnnotate:
@@ -167,7 +172,7 @@ def _sample_bodies() -> list[str]:
 
 
 class _Clock:
-    """Adds up the seconds of calls by name."""
+    """Adds up the processor's seconds of calls by name, those of threads that they start among them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -176,27 +181,27 @@ class _Clock:
         """Return `call`, timed."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
 
         return wrapped
 
 
 def _steps(checkpoint: str, units: int, rows: int) -> list[dict[str, Any]]:
-    """Return the time of each step, taken in turn in one thread, in µs for each row, and its share."""
+    """Return the processor's time of each step, taken in turn in one thread, in µs for each row, and its share."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         plan = _generate(Path(folder), checkpoint, units, rows)
         engine = open_no_engine(plan)
-        tokenizer = _Timed(engine.tokenizer, encode=clock.timed("tokenize", engine.tokenizer.encode))
+        tokenizer = _Timed(engine.tokenizer, encode_all=clock.timed("tokenize", engine.tokenizer.encode_all))
         prompts = Prompts(plan.tasks, tokenizer, plan.max_prompt_tokens)
         timed_prompts = _Timed(
             prompts,
-            requests=clock.timed("requests", prompts.requests),
-            answers=clock.timed("answers", prompts.answers),
+            requests_of=clock.timed("requests", prompts.requests_of),
+            columns_of=clock.timed("answers", prompts.columns_of),
         )
         timed_engine = _Timed(engine, submit=clock.timed("engine", engine.submit))
         clock.seconds.clear()  # of the instructions
@@ -210,7 +215,7 @@ def _steps(checkpoint: str, units: int, rows: int) -> list[dict[str, Any]]:
         "tokenize": own["tokenize"],
         "prompts to requests": own["requests"] - own["tokenize"],
         "engine, which does nothing": own["engine"],
-        "answers to values": own["answers"],
+        "answers to columns": own["answers"],
         "texts, hashes, columns": own["annotate"] - own["requests"] - own["engine"] - own["answers"],
         "Parquet, data, receipt": own["commit"],
     }

@@ -65,9 +65,9 @@ class _Model:
     def _answer(self, asked: Asked, completions: tuple[Completion, ...]) -> _Answer:
         if error := next((completion.error for completion in completions if completion.error), ""):
             raise K2Error(f"the model could not compute a ticket: {error}", remedy="run k2batch doctor")
-        columns = self.prompts.answers(completions)
+        columns = self.prompts.columns_of([completions])
         suffixes = {"choose": "label", "choose_many": "labels"}
-        labels = [columns[f"{t.name}_{suffixes[t.kind]}"] for t in self.plan.tasks if t.kind in suffixes]
+        labels = [columns[f"{t.name}_{suffixes[t.kind]}"][0].as_py() for t in self.plan.tasks if t.kind in suffixes]
         firsts = [c.token_ids[:1] for r, c in zip(asked, completions, strict=True) if r.max_tokens]
         return _Answer((*labels, *firsts), completions)
 

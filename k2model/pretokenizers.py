@@ -3,7 +3,10 @@
 Every pattern takes time linear in the text: no alternative scans far and then gives up what it scanned.
 """
 
+import json
 from typing import Any
+
+import tokenizers
 
 from schemas.errors import CheckpointError
 
@@ -43,6 +46,7 @@ def _cl100k(digits: str) -> str:
 _SPLITS = {"llama-bpe": _cl100k(r"\p{N}{1,3}"), "qwen2": _cl100k(r"\p{N}"), "gpt-4o": _O200K, "kimi-k2": KIMI}
 _WHOLE_PIECES_FIRST = ("llama-bpe", "gpt-4o", "kimi-k2")
 _SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+_DIGITS = tuple({"type": "Digits", "individual_digits": each} for each in (True, False))
 _GPT2 = ("gpt-2", "default")
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -65,9 +69,30 @@ def pre_tokenizer(name: str, where: str) -> tuple[dict[str, Any], bool]:
     if name in _GPT2:
         return BYTE_LEVEL, False
     if name in _SPLIT_DIGITS:
-        digits = {"type": "Digits", "individual_digits": True}
-        return {"type": "Sequence", "pretokenizers": [digits, BYTE_LEVEL]}, False
+        return {"type": "Sequence", "pretokenizers": [_DIGITS[0], BYTE_LEVEL]}, False
     raise CheckpointError(
         f'{where}: the pre-tokenizer "{name}" is not known here',
         remedy="use the safetensors checkpoint, which has a tokenizer.json",
     )
+
+
+def parts_at_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Return whether the ids of a text are those of its parts, cut before every space behind a visible character.
+
+    They are where no piece that is merged by itself, by any alternative of a pattern, has a visible character and
+    then a space. Of normalizers, NFC changes no space and joins nothing to one.
+    """
+    normalizer = _spelled(tokenizer.normalizer)
+    if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
+        return False
+    spelled = _spelled(tokenizer.pre_tokenizer)
+    steps = spelled["pretokenizers"] if spelled and spelled["type"] == "Sequence" else [spelled]
+    known = [split_by(pattern)["pretokenizers"][0] for pattern in (*_SPLITS.values(), KIMI)]
+    splits = [step for step in steps if step in known or step == BYTE_LEVEL]
+    others = [step for step in steps if step not in splits]
+    return bool(splits) and all(step in ({**BYTE_LEVEL, "use_regex": False}, *_DIGITS) for step in others)
+
+
+def _spelled(part: Any) -> Any:
+    """Return a part of a tokenizer as tokenizer.json spells it."""
+    return None if part is None else json.loads(part.__getstate__())

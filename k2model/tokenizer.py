@@ -6,8 +6,8 @@ given the template's own words, does. Templates are rendered in jinja's immutabl
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from k2model.pretokenizers import parts_at_spaces
 from k2model.tiktoken import tokenizer_json
+from k2model.words import Words
 from schemas.errors import CheckpointError
 
 
@@ -40,6 +42,13 @@ class Tokenizer:
     """`bos_token` and such, as the template may use them."""
     turn_end_id: int | None = None
     """The token that the template puts behind the assistant's words; None if it has no such token."""
+    words: Words | None = field(init=False, repr=False, compare=False)
+    """Of texts so far; None where a text is more than its words."""
+
+    def __post_init__(self) -> None:
+        """Look whether words can be tokenized by themselves."""
+        words = Words(self._encode_each) if parts_at_spaces(self.plain) else None
+        object.__setattr__(self, "words", words)
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
@@ -56,6 +65,8 @@ class Tokenizer:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else tokenizer_json(ranks, settings)
+            # Either would make a text's ids depend on something else than the text, and cut long ones unasked.
+            raw |= {"truncation": None, "padding": None}
             markup = tokenizers.Tokenizer.from_str(json.dumps(raw))
             # A tokenizer without added tokens has nothing to recognize in a ticket; post-processors may name them.
             plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": [], "post_processor": None}))
@@ -81,8 +92,21 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as data: a control token written in it is spelled out in plain tokens."""
-        ids: list[int] = self.plain.encode(text, add_special_tokens=False).ids
-        return [i for i in ids if i not in self.control_ids] if not self.control_ids.isdisjoint(ids) else ids
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text as data, as `encode` does of one."""
+        return self.words.encode(texts) if self.words else self._encode_each(texts)
+
+    def _encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, nothing remembered."""
+        rows = []
+        for batch in _batches(texts):
+            for encoding in self.plain.encode_batch_fast(batch, add_special_tokens=False):
+                ids: list[int] = encoding.ids
+                is_clean = self.control_ids.isdisjoint(ids)
+                rows.append(ids if is_clean else [i for i in ids if i not in self.control_ids])
+        return rows
 
     def encode_markup(self, text: str) -> list[int]:
         """Return the ids of `text`, with control tokens recognized. For templates, never for ticket text."""
@@ -143,6 +167,24 @@ class Tokenizer:
         _, found, behind = rendered.rpartition(words)
         following = self.encode_markup(behind)[:1] if found else []
         return [token_id for token_id in following if token_id in self.control_ids]
+
+
+_BATCH_CHARS = 100_000
+"""Of texts tokenized at once: until its ids are taken, each token is some 150 bytes."""
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield `texts` in batches of some `_BATCH_CHARS` characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class _Generation(Extension):

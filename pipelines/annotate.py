@@ -5,17 +5,20 @@ import time
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
+from itertools import chain, islice
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from k2model.engine.request import GREEDY, Candidate, Completion, Request, SupportsSubmit
 from k2model.tokenizer import Tokenizer
+from pipelines.arithmetic import flops_of
 from pipelines.cache import Cache
-from schemas.annotations import ROW_FIELDS, output_schema, task_columns
+from pipelines.columns import Answers, Numbers, added_columns, count_labels
+from schemas.annotations import output_schema
 from schemas.errors import BlankText, EngineFailure, InvalidText, NullText, RowError
 from schemas.rejects import REJECTS
 from schemas.runs import Plan, Receipt, Unit
@@ -48,12 +51,12 @@ OpenEngine = Callable[[Plan], SupportsAnnotate]
 class SupportsPrompts(Protocol):
     """What the flow needs of the prompts."""
 
-    def requests(self, text: str) -> tuple[Request, ...]:
-        """Return all requests of one row. Raises: RowError."""
+    def requests_of(self, texts: Sequence[str]) -> list[tuple[Request, ...] | RowError]:
+        """Return all requests of each row, or why there are none."""
         ...
 
-    def answers(self, completions: Sequence[Completion]) -> dict[str, object]:
-        """Return the values of the task columns, by name without prefix."""
+    def columns_of(self, answers: Sequence[Sequence[Completion]]) -> dict[str, pa.Array]:
+        """Return the task columns, by name without prefix, from the completions of each row's requests."""
         ...
 
 
@@ -84,6 +87,7 @@ class AnnotatedBlock:
     output_tokens: int
     started: float
     engine_busy: float
+    flops: dict[str, int]
     attempts: int
 
     def receipt(self, *, attempt: str, data: str, data_sha256: str, rejects: str | None) -> Receipt:
@@ -105,6 +109,7 @@ class AnnotatedBlock:
             output_tokens=self.output_tokens,
             seconds=round(time.perf_counter() - self.started, 3),
             engine_busy=self.engine_busy,
+            flops=self.flops,
             attempts=self.attempts,
         )
 
@@ -117,20 +122,6 @@ class Asked:
     prompt_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """What the model said to one `Asked`."""
-
-    answers: Mapping[str, object]
-    prompt_tokens: int
-    cached_tokens: int
-    """Of the prompts: the instructions, which all rows share. What else was shared depends on the rows beside it."""
-    computed_tokens: int
-    output_tokens: int
-    route: str
-    """Of the first row that asks: `large` or `cache`."""
-
-
 def annotate(
     block: Block, plan: Plan, prompts: SupportsPrompts, engine: SupportsSubmit, cache: Cache | None = None
 ) -> AnnotatedBlock:
@@ -141,35 +132,46 @@ def annotate(
     """
     began, busy_before = time.perf_counter(), engine.busy_seconds
     asked_for = ask(row_texts(block.table, plan.columns), prompts)
-    distinct = {fate.prompt_hash: fate for fate in asked_for if isinstance(fate, Asked)}
-    outcomes = answer_all(distinct, prompts, engine, cache, block.unit.unit_id)
-    answered = {name: answer for name, answer in outcomes.items() if isinstance(answer, Answered)}
+    answers = answer_all(asked_for, prompts, engine, cache, block.unit.unit_id)
     busy = (engine.busy_seconds - busy_before) / (time.perf_counter() - began)
-    fates = [_fate(fate, outcomes) for fate in asked_for]
-    columns = _columns(fates, answered, plan)
+    fates = [outcome(fate, answers) for fate in asked_for]
+    places = np.array([-1 if isinstance(fate, RowError) else answers.places[fate] for fate in fates], np.int64)
+    columns = added_columns(plan, fates, places, answers)
     schema = output_schema(block.table.schema, plan)
-    added = [pa.array(columns[name], schema.field(index).type) for index, name in _added(schema, block.table)]
+    added = [columns[schema.field(index).name] for index in range(block.table.num_columns, len(schema))]
     table = pa.Table.from_arrays([*block.table.columns, *added], schema=schema)
     rejects = _rejects(block, fates, plan)
-    asked = [answered[fate.prompt_hash] for fate in fates if isinstance(fate, Asked)]
+    asked = places[places >= 0]
     return AnnotatedBlock(
         unit=block.unit,
         table=table,
         rejects=rejects,
-        rows_cached=columns[f"{plan.prefix}route"].count("cache"),
-        labels=_count_labels(columns, plan),
+        rows_cached=int(answers.is_cached.sum()),
+        labels=count_labels(columns, plan),
         error_codes=dict(sorted(Counter(rejects.column("error_code").to_pylist()).items())),
-        prompt_tokens=sum(answer.prompt_tokens for answer in asked),
-        computed_tokens=sum(answer.computed_tokens for answer in answered.values()),
-        output_tokens=sum(answer.output_tokens for answer in asked),
+        prompt_tokens=int(answers.prompt_tokens[asked].sum()),
+        computed_tokens=int(answers.computed_tokens.sum()),
+        output_tokens=int(answers.output_tokens[asked].sum()),
         started=block.started,
         attempts=block.attempts,
         engine_busy=round(min(1.0, busy), 3),
+        flops=flops_of(plan.flops, engine.take_work(), _saved_tokens(asked, answers)),
     )
 
 
-def _added(schema: pa.Schema, table: pa.Table) -> list[tuple[int, str]]:
-    return [(index, schema.field(index).name) for index in range(table.num_columns, len(schema))]
+def outcome(fate: Asked | RowError, answers: Answers) -> str | RowError:
+    """Return the prompt hash of what was answered, or why it was not."""
+    return fate if isinstance(fate, RowError) else answers.errors.get(fate.prompt_hash, fate.prompt_hash)
+
+
+def _saved_tokens(asked: Numbers, answers: Answers) -> dict[str, int]:
+    """Return prompt tokens not computed, by cause; `asked` says which answer each annotated row has."""
+    prompt_tokens = answers.prompt_tokens
+    return {
+        "duplicates": int(prompt_tokens[asked].sum() - prompt_tokens.sum()),
+        "shared": int(answers.shared_tokens.sum()),
+        "earlier_runs": int(prompt_tokens[answers.is_cached].sum()),
+    }
 
 
 def row_texts(table: pa.Table, columns: TicketColumns) -> list[str | RowError]:
@@ -181,88 +183,128 @@ def row_texts(table: pa.Table, columns: TicketColumns) -> list[str | RowError]:
     names = columns.present(table.schema)
     if not names:
         return [NullText("the file has no text column") for _ in range(table.num_rows)]
-    values = [raw_bytes(table.column(name)) for name in names]
+    values = [_decoded(table.column(name)) for name in names]
     return [_row_text(names, row) for row in zip(*values, strict=True)]
+
+
+def _decoded(column: pa.ChunkedArray) -> list[str | bytes | None]:
+    """Return the values of a text column; those that are not UTF-8 as bytes."""
+    try:
+        values: list[str | bytes | None] = _plain(column).to_numpy(zero_copy_only=False).tolist()
+    except pa.ArrowException:  # of one that is not UTF-8, none is returned
+        return [_text_or_bytes(value) for value in raw_bytes(column)]
+    return values
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def raw_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     """Return the bytes of each value of a text column, unchecked: pyarrow's own text conversion raises on bad UTF-8."""
-    type_ = column.type
-    if pa.types.is_dictionary(type_):
-        column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], type=type_.value_type)
-        type_ = column.type
-    if pa.types.is_large_string(type_):
+    column = _plain(column)
+    if pa.types.is_large_string(column.type):
         binary = pa.large_binary()
-    elif pa.types.is_string_view(type_):
+    elif pa.types.is_string_view(column.type):
         binary = pa.binary_view()
     else:
         binary = pa.binary()
-    values: list[bytes | None] = column.cast(binary).to_pylist()
+    values: list[bytes | None] = column.cast(binary).to_numpy(zero_copy_only=False).tolist()
     return values
 
 
-def _row_text(names: Sequence[str], row: Sequence[bytes | None]) -> str | RowError:
-    texts: list[str] = []
-    for name, value in zip(names, row, strict=True):
-        if value is None:
-            continue
-        try:
-            texts.append(value.decode())
-        except UnicodeDecodeError as error:
-            shown = value[error.start : error.start + 4].hex(" ")
-            return InvalidText(f'column "{name}" is not UTF-8 at byte {error.start}: {shown}')
-    if not texts:
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a text column without its dictionary; one that is all null as strings."""
+    if pa.types.is_dictionary(column.type):
+        chunks = [chunk.dictionary_decode() for chunk in column.chunks]
+        return pa.chunked_array(chunks, type=column.type.value_type)
+    return column.cast(pa.string()) if pa.types.is_null(column.type) else column
+
+
+def _row_text(names: Sequence[str], row: Sequence[str | bytes | None]) -> str | RowError:
+    if bytes in map(type, row):
+        return _invalid(names, row)
+    visible = [text for text in row if isinstance(text, str) and is_visible(text)]
+    if visible:
+        return "\n\n".join(visible)
+    lengths = [len(text) for text in row if text is not None]
+    if not lengths:
         return NullText(f"every text column is null: {', '.join(names)}")
-    visible = [text for text in texts if is_visible(text)]
-    if not visible:
-        length = sum(len(text) for text in texts)
-        return BlankText(f"no visible character among {length}")
-    return "\n\n".join(visible)
+    return BlankText(f"no visible character among {sum(lengths)}")
+
+
+def _invalid(names: Sequence[str], row: Sequence[str | bytes | None]) -> InvalidText:
+    """Return what is wrong with the first value that is not UTF-8."""
+    name, value = next((name, value) for name, value in zip(names, row, strict=True) if isinstance(value, bytes))
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        shown = value[error.start : error.start + 4].hex(" ")
+        return InvalidText(f'column "{name}" is not UTF-8 at byte {error.start}: {shown}')
+    raise AssertionError(value)
 
 
 def is_visible(text: str) -> bool:
     """Return whether any character shows: not white space, separator (Z*) or other (C*, such as U+200B)."""
-    return any(unicodedata.category(char)[0] not in "ZC" for char in text)
+    return text[:1].isalnum() or any(unicodedata.category(char)[0] not in "ZC" for char in text)
 
 
 def ask(texts: Sequence[str | RowError], prompts: SupportsPrompts) -> list[Asked | RowError]:
     """Return the requests of each row, or why there are none; each distinct text is tokenized once."""
-    known: dict[str, Asked | RowError] = {}
-    fates: list[Asked | RowError] = []
-    for text in texts:
-        if isinstance(text, RowError):
-            fates.append(text)
-            continue
-        fate = known.get(text)
-        if fate is None:
-            try:
-                requests = prompts.requests(text)
-                fate = Asked(requests, hash_requests(requests))
-            except RowError as error:
-                # Its traceback would keep the frames, and so the texts, of every rejected row alive.
-                fate = error.with_traceback(None)
-            known[text] = fate
-        fates.append(fate)
-    return fates
+    distinct = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+    found = prompts.requests_of(distinct)
+    names = iter(hash_requests([requests for requests in found if not isinstance(requests, RowError)]))
+    fates = [requests if isinstance(requests, RowError) else Asked(requests, next(names)) for requests in found]
+    known = dict(zip(distinct, fates, strict=True))
+    return [known[text] if isinstance(text, str) else text for text in texts]
 
 
-def hash_requests(requests: Sequence[Request]) -> str:
-    """Return 32 hex digits that name all that `requests` ask: prompts, candidates, limits, and how tokens are drawn."""
-    # Every list is preceded by its length, so that no two different requests give the same numbers.
-    names = hashlib.sha256(array("q", [len(requests)]))
-    for request in requests:
-        head = (len(request.prompt_ids), request.num_prefix_tokens, request.max_tokens, len(request.candidates))
-        names.update(array("q", (*head, *request.prompt_ids)))
-        names.update(_candidate_numbers(request.candidates))
-    drawn = [(request.stop_strings, request.grammar, request.sampling) for request in requests]
-    if any(how != ((), None, GREEDY) for how in drawn):
-        names.update(repr(drawn).encode())
-    return names.hexdigest()[:32]
+def hash_requests(rows: Sequence[Sequence[Request]]) -> list[str]:
+    """Return, for each row, 32 hex digits that name all it asks: prompts, candidates, limits, and how tokens are drawn.
+
+    Instructions, with which all prompts of a job begin, are digested once for each length of prompt, and candidates,
+    which all its rows have, are spelled once.
+    """
+    prefix_ids: tuple[int, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    prefix = spelled = b""
+    begun: dict[tuple[int, ...], Any] = {}
+    hashes = []
+    for requests in rows:
+        names: Any = None
+        is_drawn = False
+        for request in requests:
+            ids, start = request.prompt_ids, request.num_prefix_tokens
+            if ids[:start] != prefix_ids:
+                prefix_ids, begun = ids[:start], {}
+                prefix = array("q", prefix_ids).tobytes()
+            if request.candidates is not candidates:
+                candidates, spelled = request.candidates, _candidate_numbers(request.candidates)
+            # Every list is preceded by its length, so that no two different requests give the same numbers.
+            head = (len(ids), start, request.max_tokens, len(candidates))
+            if names is not None:
+                names.update(array("q", head).tobytes() + prefix)
+            elif (beginning := (len(requests), *head)) in begun:
+                names = begun[beginning].copy()
+            else:
+                begun[beginning] = hashlib.sha256(array("q", beginning).tobytes() + prefix)
+                names = begun[beginning].copy()
+            names.update(array("q", ids[start:]).tobytes() + spelled)
+            is_drawn |= (request.stop_strings, request.grammar, request.sampling) != _GREEDILY
+        if is_drawn:
+            names.update(repr([(r.stop_strings, r.grammar, r.sampling) for r in requests]).encode())
+        hashes.append(names.hexdigest()[:32])
+    return hashes
 
 
-@lru_cache(maxsize=64)
-def _candidate_numbers(candidates: tuple[Candidate, ...]) -> bytes:
-    """Return what names the candidates; all rows of a job have the same, and these are most of what is named."""
+_GREEDILY = ((), None, GREEDY)
+
+
+def _candidate_numbers(candidates: Sequence[Candidate]) -> bytes:
+    """Return what names the candidates."""
     numbers = array("q")
     for candidate in candidates:
         numbers.extend((len(candidate.token_ids), candidate.num_scored))
@@ -270,100 +312,70 @@ def _candidate_numbers(candidates: tuple[Candidate, ...]) -> bytes:
     return numbers.tobytes()
 
 
-def _fate(fate: Asked | RowError, outcomes: Mapping[str, "Answered | RowError"]) -> Asked | RowError:
-    """Return `fate`, or why the engine had no answer."""
-    outcome = outcomes.get(fate.prompt_hash) if isinstance(fate, Asked) else None
-    return outcome if isinstance(outcome, RowError) else fate
-
-
 def answer_all(
-    distinct: Mapping[str, Asked],
+    fates: Sequence[Asked | RowError],
     prompts: SupportsPrompts,
     engine: SupportsSubmit,
     cache: Cache | None = None,
     unit_id: str = "",
-) -> dict[str, Answered | RowError]:
-    """Return the answer to each of `distinct`, or why there is none; what no cache knows is asked in one submission."""
-    known = cache.lookup({name: len(asked.requests) for name, asked in distinct.items()}) if cache else {}
-    requests = [request for name, asked in distinct.items() if name not in known for request in asked.requests]
-    completions = iter(engine.submit(requests).result() if requests else ())
-    computed = {
-        name: [next(completions) for _ in asked.requests] for name, asked in distinct.items() if name not in known
-    }
+) -> Answers:
+    """Return the answer to all that is asked, to equal requests once; what no cache knows is one submission."""
+    distinct = {fate.prompt_hash: fate.requests for fate in fates if isinstance(fate, Asked)}
+    known = cache.lookup({name: len(requests) for name, requests in distinct.items()}) if cache else {}
+    unknown = {name: requests for name, requests in distinct.items() if name not in known}
+    asked = list(chain.from_iterable(unknown.values()))
+    completions = engine.submit(asked).result() if asked else []
+    parts = iter(completions)
+    computed = {name: list(islice(parts, len(requests))) for name, requests in unknown.items()}
+    errors = {}
+    if any(completion.error for completion in completions):
+        errors = {name: _failure(own) for name, own in computed.items() if any(one.error for one in own)}
     if cache:
-        cache.store(unit_id, {name: own for name, own in computed.items() if not any(one.error for one in own)})
-    answered: dict[str, Answered | RowError] = {}
-    for name, asked in distinct.items():
-        own = known[name] if name in known else computed[name]
-        error = next((completion.error for completion in own if completion.error), None)
-        if error is not None:
-            remedy = "try the row in a run of its own; if it fails there, too, please report it"
-            answered[name] = EngineFailure(f"the model could not compute this row: {error}", remedy=remedy)
-            continue
-        prompt_tokens = sum(len(request.prompt_ids) for request in asked.requests)
-        answered[name] = Answered(
-            answers=prompts.answers(own),
-            prompt_tokens=prompt_tokens,
-            cached_tokens=prompt_tokens if name in known else sum(one.num_prefix_tokens for one in asked.requests),
-            computed_tokens=sum(completion.computed_tokens for completion in own),
-            output_tokens=sum(len(completion.token_ids) for completion in own),
-            route="cache" if name in known else "large",
-        )
-    return answered
+        cache.store(unit_id, {name: own for name, own in computed.items() if name not in errors})
+    answered = {name: known.get(name) or computed[name] for name in distinct if name not in errors}
+    return _answers(answered, errors, known.keys(), distinct, prompts)
 
 
-def _columns(
-    fates: Sequence[Asked | RowError], answered: Mapping[str, Answered], plan: Plan
-) -> dict[str, list[object]]:
-    """Return the values of every added column, by its full name."""
-    names = [plan.prefix + field.name for field in ROW_FIELDS]
-    task_names = [field.name for task in plan.tasks for field in task_columns(task, plan.prefix)]
-    columns: dict[str, list[object]] = {name: [] for name in (*task_names, *names)}
-    seen: set[str] = set()
-    for fate in fates:
-        if isinstance(fate, RowError):
-            values: tuple[object, ...] = ("rejected", fate.code, fate.message, plan.model_fingerprint, None, None, None)
-            for name in task_names:
-                columns[name].append(None)
-        else:
-            answer = answered[fate.prompt_hash]
-            is_first = fate.prompt_hash not in seen
-            seen.add(fate.prompt_hash)
-            usage = {
-                "prompt_tokens": answer.prompt_tokens,
-                "cached_tokens": answer.cached_tokens if is_first else answer.prompt_tokens,
-                "output_tokens": answer.output_tokens,
-            }
-            route = answer.route if is_first else "duplicate"
-            values = ("annotated", None, None, plan.model_fingerprint, fate.prompt_hash, usage, route)
-            for name in task_names:
-                columns[name].append(_arrow_value(answer.answers[name.removeprefix(plan.prefix)]))
-        for name, value in zip(names, values, strict=True):
-            columns[name].append(value)
-    return columns
+def _failure(completions: Sequence[Completion]) -> EngineFailure:
+    error = next(completion.error for completion in completions if completion.error)
+    remedy = "try the row in a run of its own; if it fails there, too, please report it"
+    return EngineFailure(f"the model could not compute this row: {error}", remedy=remedy)
 
 
-def _arrow_value(value: object) -> object:
-    """Return `value` as pyarrow takes it: a map as pairs, which keep their order."""
-    return list(value.items()) if isinstance(value, Mapping) else value
+def _answers(
+    answered: Mapping[str, Sequence[Completion]],
+    errors: Mapping[str, EngineFailure],
+    known: Collection[str],
+    asked: Mapping[str, Sequence[Request]],
+    prompts: SupportsPrompts,
+) -> Answers:
+    """Return `answered` as columns; `known` came from the cache."""
+    requests = list(chain.from_iterable(asked[name] for name in answered))
+    completions = list(chain.from_iterable(answered.values()))
+    is_cached = np.array([name in known for name in answered], bool)
+    counts = np.fromiter(map(len, answered.values()), np.int64, len(answered))
+    starts = np.cumsum(counts) - counts
+
+    def sums(numbers: list[int]) -> Numbers:
+        """Return the sum of each answer's numbers."""
+        return np.add.reduceat(np.array(numbers, np.int64), starts) if numbers else np.zeros(0, np.int64)
+
+    prompt_tokens = sums([len(request.prompt_ids) for request in requests])
+    prefix_tokens = sums([request.num_prefix_tokens for request in requests])
+    return Answers(
+        places={name: place for place, name in enumerate(answered)},
+        errors=errors,
+        columns=prompts.columns_of(list(answered.values())),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=np.where(is_cached, prompt_tokens, prefix_tokens),
+        computed_tokens=sums([one.computed_tokens for one in completions]),
+        shared_tokens=sums([one.shared_tokens for one in completions]),
+        output_tokens=sums([len(one.token_ids) for one in completions]),
+        is_cached=is_cached,
+    )
 
 
-def _count_labels(columns: Mapping[str, Sequence[object]], plan: Plan) -> dict[str, dict[str, int]]:
-    """Return how many rows got each label, in the order of the job file, for every task that has labels."""
-    counts = {}
-    for task in plan.tasks:
-        if task.kind == "choose":
-            given = Counter(value for value in columns[f"{plan.prefix}{task.name}_label"] if value is not None)
-        elif task.kind == "choose_many":
-            rows = columns[f"{plan.prefix}{task.name}_labels"]
-            given = Counter(label for row in rows if isinstance(row, list | tuple) for label in row)
-        else:
-            continue
-        counts[task.name] = {label: given.get(label, 0) for label in task.labels}
-    return counts
-
-
-def _rejects(block: Block, fates: Sequence[Asked | RowError], plan: Plan) -> pa.Table:
+def _rejects(block: Block, fates: Sequence[str | RowError], plan: Plan) -> pa.Table:
     """Return the rows of the rejects table, in row order."""
     rejected = [(index, fate) for index, fate in enumerate(fates) if isinstance(fate, RowError)]
     ids = id_texts(block.table.column(plan.columns.id)) if rejected else []

@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from k2model.engine.request import Completion, Request
 from k2model.tokenizer import Tokenizer
 from pipelines.batch_body import CHAT, COMPLETIONS, MODERATIONS, Call, parse_body
 from pipelines.prompts import Frame, Prompts
-from schemas.errors import BadRequest, CheckpointError, PromptTooLong, SpecError
+from schemas.errors import BadRequest, CheckpointError, PromptTooLong, RowError, SpecError
 from schemas.runs import Task, digest
 
 MAX_TOKENS = 1024
@@ -145,34 +147,49 @@ class BatchPrompts:
         self._shapes: dict[tuple[str, ...], list[list[int] | int]] = {}
         self._moderation: Prompts | None = None
 
-    def requests(self, text: str) -> tuple[Request, ...]:
-        """Return what a `Line.request` asks: one for each answer. Raises: BadRequest; PromptTooLong.
+    def requests_of(self, texts: Sequence[str]) -> list[tuple[Request, ...] | RowError]:
+        """Return what each `Line.request` asks, one for each answer, or why it is not asked.
 
         What is no JSON is a prompt: the flow's own, to try whether the model computes at all.
         """
+        return [self._asked(text) for text in texts]
+
+    def _asked(self, text: str) -> tuple[Request, ...] | RowError:
+        try:
+            return self.requests(text)
+        except RowError as error:
+            # Its traceback would keep the frames, and so the texts, of every rejected row alive.
+            return error.with_traceback(None)
+
+    def requests(self, text: str) -> tuple[Request, ...]:
+        """Return what one asks. Raises: BadRequest; PromptTooLong."""
         try:
             value = json.loads(text)
         except ValueError:
             value = {"url": COMPLETIONS, "body": {"prompt": text}}
         call = parse_body(value["url"], value["body"])
         if call.task is None:
-            moderation = self._moderate()
-            return tuple(request for text in call.texts for request in moderation.requests(text))
+            asked = self._moderate().requests_of(call.texts)
+            error = next((requests for requests in asked if isinstance(requests, RowError)), None)
+            if error is not None:
+                raise error
+            return tuple(request for requests in asked if not isinstance(requests, RowError) for request in requests)
         if call.url == CHAT:
             prompts = [self._chat(call)]
         else:
-            prompts = [[*self._begin_ids, *self._tokenizer.encode(text)] for text in call.texts]
+            prompts = [[*self._begin_ids, *ids] for ids in self._tokenizer.encode_all(call.texts)]
         return tuple(request for ids in prompts for request in self._ask(ids, call.task))
 
-    def answers(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the row's `text`: JSON of the choices, or of the categories' scores, in the order asked."""
-        if completions[0].finish_reason:
-            choices = [[self._tokenizer.decode(c.token_ids), c.finish_reason] for c in completions]
-            return {"batch_text": _dump(choices)}
-        moderation = self._moderate()
-        return {"batch_text": _dump([moderation.answers([c])["moderation_scores"] for c in completions])}
+    def columns_of(self, answers: Sequence[Sequence[Completion]]) -> dict[str, pa.Array]:
+        """Return the column `text`: JSON of the choices, or of the categories' scores, in the order asked."""
+        return {"batch_text": pa.array([_dump(self._answer(row)) for row in answers], pa.string())}
 
-    def _ask(self, prompt_ids: Sequence[int], task: Task) -> list[Request]:
+    def _answer(self, completions: Sequence[Completion]) -> Any:
+        if completions[0].finish_reason:
+            return [[self._tokenizer.decode(c.token_ids), c.finish_reason] for c in completions]
+        return self._moderate().columns_of([[c] for c in completions])["moderation_scores"].to_pylist()
+
+    def _ask(self, prompt_ids: Sequence[int], task: Task) -> tuple[Request, ...]:
         if not prompt_ids:
             raise BadRequest("the prompt has no token", param="prompt")
         room = self._max_context_tokens - len(prompt_ids)
@@ -182,7 +199,7 @@ class BatchPrompts:
                 f"the model's context is {self._max_context_tokens} tokens: the prompt has {len(prompt_ids)}, and the"
                 f" answer may have {max_tokens}"
             )
-        frame = Frame([], [], task=replace(task, max_tokens=max_tokens))
+        frame = Frame((), (), task=replace(task, max_tokens=max_tokens))
         return frame.requests(prompt_ids, self._tokenizer.stop_ids)
 
     def _chat(self, call: Call) -> list[int]:

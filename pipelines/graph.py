@@ -24,7 +24,7 @@ from pipelines.stop import Stop, may_begin, note_pace
 from pipelines.watch import watched
 from schemas.annotations import REQUEST
 from schemas.errors import CheckpointError, EnvironmentMismatch, K2Error, RowError, SchemaMismatch
-from schemas.runs import Plan, Unit
+from schemas.runs import DEVICES, Plan, Unit
 
 
 class _Provider:
@@ -47,7 +47,12 @@ def open_model(plan: Plan) -> SupportsAnnotate:
     # Here, so that torch is loaded where rows are annotated and not where graphs are built.
     from k2model.engine.engine import Engine
 
-    return Engine.open(plan.checkpoint, precision=plan.precision, router_thresholds=plan.router_thresholds)
+    return Engine.open(
+        plan.checkpoint,
+        precision=plan.precision,
+        router_thresholds=plan.router_thresholds,
+        device=DEVICES[plan.mode],
+    )
 
 
 def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnnotate, SupportsPrompts]:
@@ -55,7 +60,7 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
 
     Raises: CheckpointError if the checkpoint is not the one that was planned.
     """
-    engine_key = (plan.checkpoint, plan.precision, plan.router_thresholds, open_engine)
+    engine_key = (plan.checkpoint, plan.precision, plan.router_thresholds, plan.mode, open_engine)
     prompts_key = (*engine_key, plan.run_id)
     with _PROVIDER.lock:
         engine = _PROVIDER.engines.get(engine_key)
@@ -91,8 +96,9 @@ def prove(engine: SupportsAnnotate, prompts: SupportsPrompts, stall_seconds: flo
     with _PROVIDER.lock:
         if id(engine) in _PROVIDER.proven:
             return
-        with suppress(RowError), watched(engine, stall_seconds, lambda cause: None):
-            for completion in engine.submit(prompts.requests("N/A")).result():
+        with watched(engine, stall_seconds, lambda cause: None):
+            (requests,) = prompts.requests_of(["N/A"])
+            for completion in () if isinstance(requests, RowError) else engine.submit(requests).result():
                 if completion.error:
                     what = f"the model cannot compute even a plain ticket: {completion.error}"
                     raise K2Error(what, remedy="run `k2batch doctor`")

@@ -15,7 +15,7 @@ from typing import Any
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT
-from pipelines.annotate import Answered, Asked, SupportsAnnotate, answer_all, ask, is_visible
+from pipelines.annotate import SupportsAnnotate, answer_all, ask, is_visible, outcome
 from pipelines.prompts import Prompts
 from schemas.errors import BlankText, InvalidText, NullText, RowError
 from schemas.runs import Task
@@ -101,12 +101,17 @@ class K2ModelHandler(ModelHandler[str, PredictionResult, LoadedModel]):
         A list: of a generator Beam neither counts nor catches what goes wrong in it.
         """
         fates = ask([_checked(text) for text in batch], model.prompts)
-        distinct = {fate.prompt_hash: fate for fate in fates if isinstance(fate, Asked)}
-        answers = answer_all(distinct, model.prompts, model.engine)
+        answers = answer_all(fates, model.prompts, model.engine)
+        values = {name: column.to_pylist() for name, column in answers.columns.items()}
         results = []
         for text, fate in zip(batch, fates, strict=True):
-            answered = answers[fate.prompt_hash] if isinstance(fate, Asked) else fate
-            results.append(PredictionResult(text, self._inference(answered), model.engine.fingerprint))
+            told = outcome(fate, answers)
+            if isinstance(told, RowError):
+                inference = {"status": "rejected", "error_code": told.code, "error_message": told.message}
+            else:
+                place = answers.places[told]
+                inference = self._annotated({name: column[place] for name, column in values.items()})
+            results.append(PredictionResult(text, inference, model.engine.fingerprint))
         return results
 
     def get_num_bytes(self, batch: Sequence[str]) -> int:
@@ -122,14 +127,12 @@ class K2ModelHandler(ModelHandler[str, PredictionResult, LoadedModel]):
         if inference_args:
             raise ValueError(f"K2ModelHandler takes no inference_args, but got: {', '.join(inference_args)}")
 
-    def _inference(self, answered: Answered | RowError) -> dict[str, Any]:
-        if isinstance(answered, RowError):
-            return {"status": "rejected", "error_code": answered.code, "error_message": answered.message}
-        answers: Mapping[str, Any] = answered.answers
+    def _annotated(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is told of a text that has these values of the task columns."""
         alone = f"{self._tasks[0].name}_" if len(self._tasks) == 1 else ""
         named = {
             name.removeprefix(alone): dict(value) if name.endswith("_scores") else value
-            for name, value in answers.items()
+            for name, value in values.items()
         }
         return {"status": "annotated", "error_code": None, "error_message": None, **named}
 

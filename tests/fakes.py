@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from k2model.engine.request import Candidate, Completion, Request
+from k2model.engine.request import Candidate, Completion, Request, Work
 from k2model.tokenizer import Tokenizer
 from pipelines.annotate import Block, annotate
 from pipelines.commit import commit, read_receipts
@@ -74,6 +74,12 @@ class FakeEngine:
         self.max_position_embeddings = 8192
         self.pause_s = pause_s
         self.busy_seconds = 0.0
+        self._tokens = 0
+
+    def take_work(self) -> Work:
+        """Return the tokens of what was asked since this was last called."""
+        work, self._tokens = Work(self._tokens), 0
+        return work
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         """Return a future that is done."""
@@ -84,6 +90,7 @@ class FakeEngine:
         self.busy_seconds += self.pause_s
         future: Future[list[Completion]] = Future()
         future.set_result([_complete(request) for request in requests])
+        self._tokens += sum(completion.computed_tokens for completion in future.result())
         return future
 
 
@@ -91,9 +98,11 @@ def _complete(request: Request) -> Completion:
     computed = len(request.prompt_ids) - request.num_prefix_tokens
     if request.max_tokens:
         ids = tuple(40 + int(_chance(request, (index,)) * 20) for index in range(request.max_tokens))
-        return Completion(token_ids=ids, finish_reason="length", computed_tokens=computed)
+        return Completion(
+            token_ids=ids, finish_reason="length", computed_tokens=computed, shared_tokens=request.num_prefix_tokens
+        )
     logprobs = tuple(_logprob(request, candidate) for candidate in request.candidates)
-    return Completion(logprobs=logprobs, computed_tokens=computed)
+    return Completion(logprobs=logprobs, computed_tokens=computed, shared_tokens=request.num_prefix_tokens)
 
 
 def _logprob(request: Request, candidate: Candidate) -> float:

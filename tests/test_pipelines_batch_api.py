@@ -46,8 +46,9 @@ def answer(url: str, body: dict[str, Any]) -> dict[str, Any]:
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
         "output_tokens": sum(len(completion.token_ids) for completion in completions),
     }
+    told = {name: column[0].as_py() for name, column in prompts.columns_of([completions]).items()}
     row = {"line": 1, "custom_id": "a", "request": read.request, "problem": None, "status": "annotated"}
-    text, is_answer = result_line({**row, **prompts.answers(completions), "usage": usage}, "tiny", "f00")
+    text, is_answer = result_line({**row, **told, "usage": usage}, "tiny", "f00")
     assert is_answer
     assert "\n" not in text
     result: dict[str, Any] = json.loads(text)
@@ -336,4 +337,5 @@ def test_a_template_that_refuses_or_loses_a_message_is_the_lines_error() -> None
 
 def test_an_answer_that_nothing_was_written_in_is_still_one() -> None:
     prompts = BatchPrompts(TASK, fake_tokenizer(), 8192)
-    assert prompts.answers([Completion(finish_reason="stop")]) == {"batch_text": '[["","stop"]]'}
+    columns = prompts.columns_of([[Completion(finish_reason="stop")]])
+    assert columns["batch_text"].to_pylist() == ['[["","stop"]]']

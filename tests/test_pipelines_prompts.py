@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from k2model.engine.request import GREEDY, Completion, Grammar, Request
+from k2model.engine.request import GREEDY, Completion, Grammar, Request, Work
 from pipelines.prompts import Prompts, canonical_json
 from schemas.errors import PromptTooLong, SpecError
 from schemas.runs import Task
@@ -17,6 +17,11 @@ from tests.fakes import fake_tokenizer
 CHOOSE = Task(name="policy", kind="choose", labels={"safe": "ordinary talk", "hate": "", "hate speech": ""})
 MANY = Task(name="tags", kind="choose_many", labels={"bug": "", "praise": ""}, threshold=0.6)
 WRITE = Task(name="summary", kind="generate", instruction="Summarize.", max_tokens=9)
+
+
+def told(prompts: Prompts, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the values of the task columns of one row."""
+    return {name: column.to_pylist()[0] for name, column in prompts.columns_of([completions]).items()}
 
 
 def test_rows_share_everything_before_the_ticket() -> None:
@@ -55,7 +60,7 @@ def test_a_ticket_cannot_close_its_turn_or_move_itself() -> None:
 
 def test_choose_is_the_probability_among_the_labels() -> None:
     prompts = Prompts([CHOOSE], fake_tokenizer(), 2048)
-    answers = prompts.answers([Completion(logprobs=tuple(map(math.log, (0.3, 0.1, 0.6))))])
+    answers = told(prompts, [Completion(logprobs=tuple(map(math.log, (0.3, 0.1, 0.6))))])
     assert [score for _, score in answers["policy_scores"]] == pytest.approx([0.3, 0.1, 0.6])
     assert answers["policy_label"] == "hate speech"
     assert answers["policy_score"] == pytest.approx(0.6)
@@ -66,6 +71,9 @@ class _Prior:
     """An engine that likes the first label of tickets without content, ten to one."""
 
     busy_seconds = 0.0
+
+    def take_work(self) -> Work:
+        return Work()
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         self.asked = requests
@@ -83,7 +91,7 @@ def test_calibration_takes_out_what_empty_tickets_are_called() -> None:
         engine = _Prior()
         prompts = Prompts([replace(CHOOSE, calibrate=calibrate), many], fake_tokenizer(), 2048)
         prompts.calibrate(engine)
-        answers = prompts.answers([scored])
+        answers = told(prompts, [scored])
         assert [score for _, score in answers["policy_scores"]] == pytest.approx(expected)
         assert answers["policy_label"] == ("hate" if calibrate else "safe")
         assert dict(answers["tags_scores"]) == pytest.approx({"bug": 0.8})
@@ -107,7 +115,7 @@ def test_labels_that_cannot_be_told_apart_are_refused_before_any_work() -> None:
 
 def test_choose_many_judges_every_label_on_its_own() -> None:
     prompts = Prompts([MANY], fake_tokenizer(), 2048)
-    answers = prompts.answers([Completion(logprobs=(-1.0, -1.0, -0.1, -900.0))])
+    answers = told(prompts, [Completion(logprobs=(-1.0, -1.0, -0.1, -900.0))])
     assert answers["tags_labels"] == ["praise"]
     assert dict(answers["tags_scores"]) == pytest.approx({"bug": 0.5, "praise": 1.0})
 
@@ -116,7 +124,7 @@ def test_answers_of_several_tasks_find_their_columns() -> None:
     prompts = Prompts([MANY, CHOOSE, WRITE], fake_tokenizer(), 2048)
     scored = Completion(logprobs=(0.0, -9.0, -9.0, 0.0, -9.0, 0.0, -9.0))
     written = Completion(token_ids=tuple(fake_tokenizer().encode(" done ")), finish_reason="stop")
-    answers = prompts.answers([scored, written])
+    answers = told(prompts, [scored, written])
     assert answers["tags_labels"] == ["bug"]
     assert answers["policy_label"] == "hate"
     assert (answers["summary_text"], answers["summary_finish_reason"]) == ("done", "stop")
@@ -190,7 +198,7 @@ def test_samples_and_json_find_their_columns() -> None:
     prompts = Prompts([DRAWN, WRITE, FIELDS], fake_tokenizer(), 4096)
     assert len(prompts.requests("x")) == 5
     texts = [" one ", "two", "three ", "four", '{"b": 1, "a": [true]}']
-    answers = prompts.answers([Completion(token_ids=ids(text), finish_reason="stop") for text in texts])
+    answers = told(prompts, [Completion(token_ids=ids(text), finish_reason="stop") for text in texts])
     assert (answers["drawn_text"], answers["drawn_samples"]) == ("one", ["one", "two", "three"])
     assert answers["summary_text"] == "four"
     assert "summary_samples" not in answers
@@ -199,7 +207,7 @@ def test_samples_and_json_find_their_columns() -> None:
 
 def test_what_matches_a_grammar_is_kept_to_the_letter() -> None:
     prompts = Prompts([replace(WRITE, regex=" a ")], fake_tokenizer(), 4096)
-    assert prompts.answers([Completion(token_ids=ids(" a "), finish_reason="stop")])["summary_text"] == " a "
+    assert told(prompts, [Completion(token_ids=ids(" a "), finish_reason="stop")])["summary_text"] == " a "
 
 
 @pytest.mark.parametrize(
