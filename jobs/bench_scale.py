@@ -3,6 +3,7 @@
 No row is read and no answer computed; neither a model nor Beam is loaded, as neither is to plan and to finalize.
 """
 
+import hashlib
 import os
 import resource
 import sys
@@ -19,17 +20,18 @@ import pyarrow.parquet as pq
 
 from jobs.report import publish_report, read_manifest
 from jobs.spec import load_spec
-from pipelines.commit import pending_units, read_plan, write_plan
+from jobs.status import status
+from jobs.verify import verify
+from pipelines.commit import pending_units, read_plan, to_parquet, write_plan
 from pipelines.finalize import finalize
 from pipelines.units import make_plan
 from schemas.annotations import output_schema
+from schemas.errors import K2Error
 from schemas.runs import Plan, Receipt
 
 UNITS_PER_FILE = 100
 """Of the plan: row groups of one row."""
 
-# Names of one file: ext4 has at most 65,000.
-_LINKS = 50_000
 SPEC = Path(__file__).parent / "specs" / "moderation_sweep.toml"
 NO_FINGERPRINT = "0" * 16
 
@@ -40,9 +42,11 @@ _Times = tuple[float, float]
 def scale(num_units: int) -> dict[str, Any]:
     """Return the time and the peak memory of whatever handles a whole plan, for a run of `num_units` units.
 
-    Input files are real: Parquet of `UNITS_PER_FILE` row groups, a unit each, under many names. Receipts are made up,
-    data files have no rows. Each step has a process of its own; what it needs is loaded there, too, which counts for
-    its memory and not for its time.
+    Input files are real: Parquet of `UNITS_PER_FILE` row groups, a unit each, under many names. So are data files and
+    receipts, of made-up answers: `verify` proves the run. Each step has a process of its own; what it needs is loaded
+    there, too, which counts for its memory and not for its time.
+
+    Raises: K2Error if the run is not proven.
     """
     steps: dict[str, Callable[[Path], _Times]] = {
         "plan": _plan,
@@ -51,8 +55,12 @@ def scale(num_units: int) -> dict[str, Any]:
         "read the plan": _read,
         "pending, none done": _pending,
         "pending, all done": _pending,
+        "status, under way": _status,
         "finalize": _finalize,
         "report": _report,
+        "status, complete": _status,
+        "verify": _verify,
+        "replay": _draw,
     }
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -161,21 +169,56 @@ def _report(folder: Path) -> _Times:
     return _timed(lambda: publish_report(plan, manifest))
 
 
+def _status(folder: Path) -> _Times:
+    return _timed(lambda: status(str(_run_folder(folder))))
+
+
+def _verify(folder: Path) -> _Times:
+    problems: list[str] = []
+    times = _timed(lambda: problems.extend(verify(str(_run_folder(folder)))))
+    if problems:
+        raise K2Error(f"the made-up run has {len(problems)} problems, such as: {problems[0]}")
+    return times
+
+
+def _draw(folder: Path) -> _Times:
+    from jobs.replay import draw  # loads Beam, which would count for every step's memory
+
+    plan = read_plan(str(_run_folder(folder)))
+    return _timed(lambda: draw(plan, 100, seed=0))
+
+
 def _make_receipts(folder: Path) -> None:
-    """Write a receipt for every unit, and a data file with the right columns and no row."""
+    """Write data and receipt of every unit: each file's are the same, under their own names."""
     plan = read_plan(str(_run_folder(folder)))
     for name in ("data", "receipts"):
         Path(plan.output, name).mkdir()
-    schema = output_schema(pq.read_schema(plan.units[0].url), plan)
-    labels = {task.name: dict.fromkeys(task.labels, 0) for task in plan.tasks}
-    for number, unit in enumerate(plan.units):
-        data = f"part-{unit.unit_id}-{number:032x}.parquet"
-        if number % _LINKS == 0:
-            pq.write_table(schema.empty_table(), folder / f"{number}.parquet")
-        os.link(folder / f"{number // _LINKS * _LINKS}.parquet", Path(plan.output, "data", data))
-        receipt = Receipt(
-            unit_id=unit.unit_id, attempt=f"{number:032x}", data=data, data_sha256="0" * 64, rejects=None,
-            rows=unit.rows, rows_annotated=unit.rows, rows_rejected=0, error_codes={}, labels=labels, prompt_tokens=100,
-            computed_tokens=50, output_tokens=0, seconds=1.0, engine_busy=1.0,
-        )  # fmt: skip
-        Path(plan.output, "receipts", f"{unit.unit_id}.json").write_text(receipt.to_json())
+    source = pq.read_table(plan.units[0].url)
+    answered = [to_parquet(_answered(plan, source.slice(row, 1))) for row in range(source.num_rows)]
+    for row, content in enumerate(answered):
+        (folder / f"{row}.parquet").write_bytes(content)
+    digests = [hashlib.sha256(content).hexdigest() for content in answered]
+    labels = {task.name: dict.fromkeys(task.labels, 0) | {next(iter(task.labels)): 1} for task in plan.tasks}
+    receipt = Receipt(
+        unit_id="UNIT", attempt="0" * 32, data="DATA", data_sha256="DIGEST", rejects=None, rows=1, rows_annotated=1,
+        rows_rejected=0, error_codes={}, labels=labels, prompt_tokens=100, computed_tokens=50, output_tokens=0,
+        seconds=1.0, engine_busy=1.0,
+    ).to_json()  # fmt: skip
+    for unit in plan.units:
+        sha256 = digests[unit.first_row]
+        data = f"part-{unit.unit_id}-{sha256[:16]}.parquet"
+        os.link(f"{folder}/{unit.first_row}.parquet", f"{plan.output}/data/{data}")
+        text = receipt.replace("UNIT", unit.unit_id).replace("DATA", data).replace("DIGEST", sha256)
+        with open(f"{plan.output}/receipts/{unit.unit_id}.json", "w") as file:
+            file.write(text)
+
+
+def _answered(plan: Plan, source: pa.Table) -> pa.Table:
+    """Return rows with made-up answers: the first label of each task, and little else."""
+    row: dict[str, Any] = {}
+    for task in plan.tasks:
+        row |= {f"{task.name}_label": next(iter(task.labels)), f"{task.name}_score": 1.0, f"{task.name}_margin": 1.0}
+    row |= {"status": "annotated", "model_fingerprint": plan.model_fingerprint}
+    row |= {"usage": {"prompt_tokens": 100, "cached_tokens": 50, "output_tokens": 0}}
+    rows = [found | row for found in source.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=output_schema(source.schema, plan))

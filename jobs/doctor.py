@@ -18,7 +18,7 @@ OPTIONAL = {
     "distributed": 'runner = "dask": pip install "k2batch[dask]"',
     "s3fs": 's3:// URLs: pip install "k2batch[s3]"',
     "huggingface_hub": 'hf:// checkpoints: pip install "k2batch[hf]"',
-    "triton": 'kernels for NVIDIA cards, none of which is used yet: pip install "k2batch[gpu]"',
+    "triton": 'mode = "gpu": pip install "k2batch[gpu]"',
 }
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 MIN_MEMORY_GB = 3.0
@@ -46,6 +46,7 @@ def examine() -> list[Check]:
         ("int8", int8),
         ("cores", cores),
         ("memory", memory),
+        ("card", card),
         ("model", default_model),
         ("cache", cache),
     )
@@ -172,6 +173,16 @@ def memory() -> Check:
         remedy = f"the default model wants {MIN_MEMORY_GB:.0f} GB; lower [input] unit_rows or use a larger machine"
         return Check(name="memory", state="warn", message=message, remedy=remedy)
     return Check(name="memory", state="ok", message=message)
+
+
+def card() -> Check:
+    """Return whether there is a card for `mode = "gpu"`, which was never run on one; nothing is wrong if not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check(name="card", state="ok", message='none that torch finds; only needed for mode = "gpu"')
+    message = f'{torch.cuda.get_device_name()}; mode = "gpu" was only ever run in an interpreter, never on a card'
+    return Check(name="card", state="warn", message=message, remedy="bash tests/on_card.sh proves it, or not, on yours")
 
 
 def default_model() -> Check:

@@ -2,13 +2,14 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pipelines import storage
-from pipelines.commit import done_units, receipt_url
-from schemas.runs import Plan, Receipt
+from pipelines import poison, storage
+from pipelines.commit import done_units, read_receipt
+from schemas.runs import Plan
 
 POLL_SECONDS = 2.0
 """The least time between looks at the receipts."""
@@ -17,7 +18,7 @@ LOOKING_SHARE = 0.05
 """The most of its time that the watching thread looks: a million receipts take a store a thousand calls to list."""
 
 RECEIPTS_READ = 200
-"""New receipts read at a look, for their tokens; those of the others are taken to be as many a row."""
+"""New receipts read at a look, for their sums; those of the others are taken to be as much a row."""
 
 Say = Callable[[str], None]
 
@@ -42,6 +43,17 @@ class Progress:
     """At this call's rate; None before its first unit is done."""
     cost: float | None
     """Of all calls so far; None without a price."""
+    units_under_way: int = 0
+    units_quarantined: int = 0
+    """Under which processes died: they are done last, in halves down to the row at fault."""
+    prompt_tokens: float = 0.0
+    """Of this call, as are those below: the receipts' sums, estimated where they came faster than they are read."""
+    computed_tokens: float = 0.0
+    output_tokens: float = 0.0
+    rows_rejected: dict[str, float] = field(default_factory=dict)
+    """By error code."""
+    engine_busy: float | None = None
+    """Share of the time that the model computed; None before the first unit is done."""
 
 
 Show = Callable[[Progress], None]
@@ -85,7 +97,9 @@ class _Watcher:
         self.start = time.perf_counter()
         self.seen = set(done)
         self.rows_before = self.rows_done = sum(self.rows_of[unit_id] for unit_id in done)
-        self.tokens = 0.0
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.rejected: defaultdict[str, float] = defaultdict(float)
+        self.begun = (0, 0)
 
     def loop(self) -> None:
         """Look until the call ends, and then once more."""
@@ -100,6 +114,7 @@ class _Watcher:
         began = time.perf_counter()
         try:
             self._count(done_units(self.plan) - self.seen)
+            self.begun = poison.tally(self.plan, self.seen)
         except Exception as error:  # progress is a courtesy: the flow meets the same store and speaks for itself
             self.say(f"  progress cannot be read just now: {error}")
         else:
@@ -109,21 +124,18 @@ class _Watcher:
         return time.perf_counter() - began
 
     def _count(self, new: frozenset[str]) -> None:
-        read = storage.in_threads(self._tokens, sorted(new)[:RECEIPTS_READ])
-        known = [(tokens, rows) for tokens, rows in read if rows]
-        rows = sum(self.rows_of[unit_id] for unit_id in new)
-        if known:
-            self.tokens += sum(tokens for tokens, _ in known) * rows / sum(rows for _, rows in known)
+        read = storage.in_threads(lambda unit_id: read_receipt(self.plan, unit_id), sorted(new)[:RECEIPTS_READ])
+        receipts = [receipt for receipt in read if receipt is not None]  # one may be replaced or deleted meanwhile
+        rows, rows_read = sum(self.rows_of[unit_id] for unit_id in new), sum(receipt.rows for receipt in receipts)
+        for receipt in receipts:
+            share = rows / max(rows_read, 1)
+            for name in ("prompt_tokens", "computed_tokens", "output_tokens"):
+                self.sums[name] += share * getattr(receipt, name)
+            self.sums["busy_rows"] += share * receipt.rows * receipt.engine_busy
+            for code, number in receipt.error_codes.items():
+                self.rejected[code] += share * number
         self.rows_done += rows
         self.seen |= new
-
-    def _tokens(self, unit_id: str) -> tuple[int, int]:
-        """Return the tokens and rows of a receipt; nothing of one that was replaced or deleted meanwhile."""
-        try:
-            receipt = Receipt.from_json(storage.read_text(receipt_url(self.plan, unit_id)))
-        except (FileNotFoundError, ValueError, TypeError):
-            return 0, 0
-        return receipt.prompt_tokens + receipt.output_tokens, receipt.rows
 
     def progress(self, seconds: float) -> Progress:
         """Return what is known `seconds` after the call began."""
@@ -138,9 +150,16 @@ class _Watcher:
             rows_now=rows_now,
             seconds=seconds,
             rows_per_second=per_second,
-            tokens_per_second=self.tokens / max(seconds, 1e-9),
+            tokens_per_second=(self.sums["prompt_tokens"] + self.sums["output_tokens"]) / max(seconds, 1e-9),
             seconds_left=(self.plan.rows - self.rows_done) / per_second if per_second else None,
             cost=self.cost(seconds),
+            units_under_way=self.begun[0],
+            units_quarantined=self.begun[1],
+            prompt_tokens=self.sums["prompt_tokens"],
+            computed_tokens=self.sums["computed_tokens"],
+            output_tokens=self.sums["output_tokens"],
+            rows_rejected=dict(self.rejected),
+            engine_busy=self.sums["busy_rows"] / rows_now if rows_now else None,
         )
 
 

@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 from jobs.verify import same_values
 from pipelines import graph
 from pipelines.annotate import Block, OpenEngine, SupportsAnnotate, SupportsPrompts, annotate
-from pipelines.commit import read_plan, read_receipts
+from pipelines.commit import read_plan, read_receipt, receipts_of
 from pipelines.read import read_data, read_unit
 from schemas.annotations import task_columns
 from schemas.errors import K2Error, SchemaMismatch
-from schemas.runs import Plan, Receipt, Unit
+from schemas.runs import Plan, Unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,19 +68,16 @@ def replay(run_url: str, num_rows: int, *, seed: int = 0, open_engine: OpenEngin
     """
     plan = read_plan(run_url)
     names = _compared(plan)
-    receipts = read_receipts(plan)
-    done = [unit for unit in plan.units if unit.unit_id in receipts]
-    drawn = _draw([receipts[unit.unit_id].rows_annotated for unit in done], num_rows, seed)
+    drawn = draw(plan, num_rows, seed=seed)
     replayed = 0
     flips: list[Flip] = []
     problems: list[str] = []
     try:
         engine, prompts = graph.engine_and_prompts(plan, open_engine or graph.open_model)
-        for index, places in drawn.items():
-            unit = done[index]
+        for unit, places in drawn:
             where = f"unit {unit.unit_id} ({unit.url})"
             try:
-                source, stored = read_unit(unit), _read_data(plan, receipts[unit.unit_id], names)
+                source, stored = read_unit(unit), _read_data(plan, unit, names)
                 rows = _annotated_rows(plan, stored, places)
             except (K2Error, pa.ArrowException, OSError, KeyError, IndexError) as error:
                 problems.append(f"{where}: {len(places)} rows cannot be replayed: {error}")
@@ -90,7 +87,8 @@ def replay(run_url: str, num_rows: int, *, seed: int = 0, open_engine: OpenEngin
             replayed += len(rows)
     finally:
         graph.close_engines()
-    return Replay(rows=sum(map(len, drawn.values())), replayed=replayed, flips=tuple(flips), problems=tuple(problems))
+    rows_drawn = sum(len(places) for _, places in drawn)
+    return Replay(rows=rows_drawn, replayed=replayed, flips=tuple(flips), problems=tuple(problems))
 
 
 def as_lines(found: Replay) -> list[str]:
@@ -106,15 +104,22 @@ def as_lines(found: Replay) -> list[str]:
     ]
 
 
-def _draw(num_annotated: Sequence[int], num_rows: int, seed: int) -> dict[int, list[int]]:
-    """Return unit to places among its annotated rows, both ascending: `num_rows` of all, each as likely."""
-    ends = list(accumulate(num_annotated))
+def draw(plan: Plan, num_rows: int, *, seed: int) -> list[tuple[Unit, list[int]]]:
+    """Return `num_rows` annotated rows of the run, each as likely, as units and places among their annotated rows.
+
+    Both are in plan order. Of a receipt its number of rows alone is kept: a million receipts would take gigabytes.
+
+    Raises: StorageError.
+    """
+    annotated = {unit_id: receipt.rows_annotated for unit_id, receipt in receipts_of(plan) if receipt is not None}
+    done = [unit for unit in plan.units if unit.unit_id in annotated]
+    ends = list(accumulate(annotated[unit.unit_id] for unit in done))
     total = ends[-1] if ends else 0
     drawn: dict[int, list[int]] = {}
     for place in sorted(random.Random(seed).sample(range(total), min(num_rows, total))):
         index = bisect_right(ends, place)
-        drawn.setdefault(index, []).append(place - ends[index] + num_annotated[index])
-    return drawn
+        drawn.setdefault(index, []).append(place - ends[index] + annotated[done[index].unit_id])
+    return [(done[index], places) for index, places in drawn.items()]
 
 
 def _compared(plan: Plan) -> list[str]:
@@ -123,12 +128,15 @@ def _compared(plan: Plan) -> list[str]:
     return names + [plan.prefix + name for name in ("status", "error_message", "prompt_hash")]
 
 
-def _read_data(plan: Plan, receipt: Receipt, names: Sequence[str]) -> pa.Table:
+def _read_data(plan: Plan, unit: Unit, names: Sequence[str]) -> pa.Table:
     """Return the columns `names` of a unit's output.
 
     Raises: FileNotFoundError or StorageError; ArrowException if it is damaged; KeyError if it lacks a column;
-        SchemaMismatch if it has not the receipt's rows.
+        SchemaMismatch if it has not the receipt's rows, or there is no receipt any more.
     """
+    receipt = read_receipt(plan, unit.unit_id)
+    if receipt is None:
+        raise SchemaMismatch("its receipt is gone")
     table = read_data(plan, receipt.data, names)
     if table.num_rows != receipt.rows:
         raise SchemaMismatch(f"data/{receipt.data} has {table.num_rows} rows, its receipt says {receipt.rows}")

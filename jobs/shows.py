@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TextIO
+from typing import Any, TextIO
 
 from jobs.progress import Progress, Say, Show, progress_line
-from schemas.errors import EnvironmentMismatch
+from schemas.errors import ROW_ERROR_CODES, EnvironmentMismatch
 
 QUIET_SECONDS = 30.0
 """The longest silence of lines."""
@@ -82,38 +82,70 @@ def _bar() -> Iterator[Show]:
 
 
 class TextFile:
-    """Gauges in a file that Prometheus's node exporter collects (its textfile collector); replaced whole."""
+    """A file that Prometheus's node exporter collects (its textfile collector); replaced whole.
+
+    Gauges are the run's; counters, whose names end with `_total`, begin anew with each call, as Prometheus expects.
+    """
 
     def __init__(self, path: str) -> None:
         try:
-            import prometheus_client
+            from prometheus_client import CollectorRegistry, write_to_textfile
         except ImportError as error:
             remedy = "pip install 'k2batch[metrics]'"
             raise EnvironmentMismatch(f"--metrics {path}: {error}", remedy=remedy) from error
-        self.write = prometheus_client.write_to_textfile
-        self.registry = prometheus_client.CollectorRegistry()
         self.path = path
-
-        def gauge(name: str, about: str) -> prometheus_client.Gauge:
-            return prometheus_client.Gauge(f"k2batch_{name}", about, ["run_id"], registry=self.registry)
-
-        self.gauges = {
-            "units": gauge("units", "Units of the run."),
-            "units_done": gauge("units_done", "Units that have a receipt."),
-            "rows": gauge("rows", "Rows of the run."),
-            "rows_done": gauge("rows_done", "Rows of units that have a receipt."),
-            "rows_per_second": gauge("rows_per_second", "Rows per second of this call."),
-            "tokens_per_second": gauge("tokens_per_second", "Tokens per second of this call."),
-            "seconds_left": gauge("seconds_left", "Seconds to go at this call's rate."),
-            "cost": gauge("cost", "Cost of the run so far, as [deploy] price_per_hour counts it."),
-        }
-        self.looked = gauge("looked_timestamp_seconds", "When the receipts were last looked at, since 1970.")
+        self.now: Progress | None = None
+        self.write = write_to_textfile
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def __call__(self, now: Progress) -> None:
         """Replace the file."""
-        for name, gauge in self.gauges.items():
-            value = getattr(now, name)
-            if value is not None:
-                gauge.labels(now.run_id).set(value)
-        self.looked.labels(now.run_id).set(time.time())
+        self.now = now
         self.write(self.path, self.registry)
+
+    def collect(self) -> Iterator[Any]:
+        """Yield every metric, as `prometheus_client` asks for them."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        now = self.now
+        if now is None:
+            return
+        for name, about in _GAUGES.items():
+            value = time.time() if name == "looked_timestamp_seconds" else getattr(now, name)
+            if value is not None:
+                gauge = GaugeMetricFamily(f"k2batch_{name}", about, labels=["run_id"])
+                gauge.add_metric([now.run_id], value)
+                yield gauge
+        for name, about in _COUNTERS.items():
+            counter = CounterMetricFamily(f"k2batch_{name}", about, labels=["run_id"])
+            counter.add_metric([now.run_id], getattr(now, name))
+            yield counter
+        rejected = CounterMetricFamily(
+            "k2batch_rows_rejected", "Rows rejected by this call.", labels=["run_id", "code"]
+        )
+        for code in ROW_ERROR_CODES:  # all of them, so that the first of a kind is an increase
+            rejected.add_metric([now.run_id, code], now.rows_rejected.get(code, 0.0))
+        yield rejected
+
+
+_GAUGES = {
+    "units": "Units of the run.",
+    "units_done": "Units that have a receipt.",
+    "units_under_way": "Units that are begun and not done.",
+    "units_quarantined": "Units under which processes died, which are done last and with care.",
+    "rows": "Rows of the run.",
+    "rows_done": "Rows of units that have a receipt.",
+    "rows_per_second": "Rows per second of this call.",
+    "tokens_per_second": "Tokens per second of this call, of prompts as if each had been asked alone, and of answers.",
+    "engine_busy": "Share of the time that the model computed, of the units of this call.",
+    "seconds_left": "Seconds to go at this call's rate.",
+    "cost": "Cost of the run so far, as [deploy] price_per_hour counts it.",
+    "looked_timestamp_seconds": "When the receipts were last looked at, since 1970.",
+}
+
+_COUNTERS = {
+    "prompt_tokens": "Tokens of the prompts answered by this call, as if each had been asked alone.",
+    "computed_tokens": "Tokens of prompts that the model computed; the rest was shared.",
+    "output_tokens": "Tokens written.",
+}

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipelines import graph, storage
+from pipelines.giving_up import GIVEN_UP, LOOK_S, wait_or_give_up
 from pipelines.quiet_beam import beam
 from pipelines.stop import deaf_children
 from schemas.errors import EnvironmentMismatch, K2Error, SpecError
@@ -53,6 +54,10 @@ class _NoWorkers(EnvironmentMismatch):
     """There was no worker for too long."""
 
 
+class _GivenUp(Exception):
+    """The run is given up; what is under way is no longer waited for."""
+
+
 def run_dask(
     build: Callable[..., None],
     plan: Plan,
@@ -66,7 +71,8 @@ def run_dask(
 ) -> str | None:
     """Run the graph over `units` on the cluster at `address`, or on `workers` processes that end with this call.
 
-    Returns None once all had their turn, or how a worker died, after which others may have had none.
+    Returns None once all had their turn or the run is given up, or how a worker died, after which others may have had
+    none.
 
     Args:
         build: adds the graph of its argument `units` to a pipeline.
@@ -94,21 +100,22 @@ def run_dask(
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     # A slot is a unit under way on a card: a worker started with --resources GPU=3 has three.
     slots = {} if plan.mode == "cpu" else {"GPU": 1}
-    with (
-        _given_cluster(address, plan, slots, say) if address else _local_cluster(workers, slots) as client,
-        annotate(retries=_RETRIES, **({"resources": slots} if slots else {})),
-        _lost_cluster_told(client),
-    ):
-        try:
+    try:
+        with (
+            _given_cluster(address, plan, slots, say) if address else _local_cluster(workers, slots) as client,
+            annotate(retries=_RETRIES, **({"resources": slots} if slots else {})),
+            _lost_cluster_told(client),
+        ):
             _run_rounds(build, units, options, client, slots, say, _WORKERS_S if address else _RESTART_S, is_over)
-        except _NoWorkers as error:
-            if address:
-                raise
-            return error.message
-        except KilledWorker as error:
-            return (
-                f"{error.last_worker.address} was the last of {error.allowed_failures + 1} workers to die at one unit"
-            )
+    except _GivenUp:
+        if address:
+            say(f"{address}: units under way there are not waited for; what they still commit is kept")
+    except _NoWorkers as error:
+        if address:
+            raise
+        return error.message
+    except KilledWorker as error:
+        return f"{error.last_worker.address} was the last of {error.allowed_failures + 1} workers to die at one unit"
     return None
 
 
@@ -164,8 +171,7 @@ def _finish(underway: deque[Any], client: Any, slots: Mapping[str, int], say: Sa
     (future,) = result.futures
     seen = time.monotonic()
     while not future.done():  # the runner's own wait cannot look up in between
-        with suppress(TimeoutError):
-            future.exception(timeout=_LOOK_S)
+        _wait(future)
         waited = time.monotonic() - seen
         if future.done() or _has_slots(client, slots):
             seen = time.monotonic()
@@ -182,6 +188,16 @@ def _finish(underway: deque[Any], client: Any, slots: Mapping[str, int], say: Sa
     underway.popleft().client.close()
 
 
+def _wait(future: Any) -> None:
+    """Wait for `future`, but only a while. Raises: _GivenUp."""
+    until = time.monotonic() + _LOOK_S
+    while not future.done() and time.monotonic() < until:
+        if GIVEN_UP.is_set():
+            raise _GivenUp
+        with suppress(TimeoutError):
+            future.exception(timeout=LOOK_S)
+
+
 def _has_slots(client: Any, slots: Mapping[str, int]) -> bool:
     """Return whether there is a worker that may run a unit."""
     workers = client.scheduler_info()["workers"].values()
@@ -193,6 +209,8 @@ def _lost_cluster_told(client: Any) -> Iterator[None]:
     """Turn what the end of a scheduler raises, which is many things, into an error that says so."""
     try:
         yield
+    except _GivenUp:
+        raise
     except Exception as error:
         # Futures are cancelled when the connection breaks, even if it comes back; nothing here cancels one.
         if not isinstance(error, CancelledError) and _answers(client):
@@ -230,10 +248,12 @@ def _given_cluster(address: str, plan: Plan, slots: Mapping[str, int], say: Say)
         try:
             yield client
         finally:
-            # A worker that does not answer must not keep a driver that has its result, or an error to tell.
-            closing = threading.Thread(target=_close_engines, args=(client,), daemon=True)
-            closing.start()
-            closing.join(_CONNECT_S)
+            # A worker that does not answer must not keep a driver that has its result, or an error to tell. One that
+            # is still about its units must keep its engine.
+            if not GIVEN_UP.is_set():
+                closing = threading.Thread(target=_close_engines, args=(client,), daemon=True)
+                closing.start()
+                closing.join(_CONNECT_S)
 
 
 def _close_engines(client: Any) -> None:
@@ -266,7 +286,8 @@ def _wait_for_workers(client: Any, address: str, say: Say) -> None:
         return
     say(f"{address} has no worker yet; waiting up to {_WORKERS_S:.0f} s for one")
     try:
-        client.wait_for_workers(1, timeout=_WORKERS_S)
+        if not wait_or_give_up(lambda: client.wait_for_workers(1, timeout=_WORKERS_S)):
+            raise _GivenUp
     except TimeoutError:
         remedy = f"start some: dask worker {address} --nthreads {BUNDLE_THREADS}"
         raise EnvironmentMismatch(f"{address}: no worker came within {_WORKERS_S:.0f} s", remedy=remedy) from None

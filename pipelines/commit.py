@@ -52,8 +52,17 @@ def _identity(plan_json: str) -> dict[str, object] | None:
     """Return what a plan must have in common with the one before it; None for what is no plan."""
     try:
         # The same checkpoint, or the run, may since have moved; the fingerprint is what counts, and is in the run's id.
-        return {**json.loads(plan_json), "checkpoint": None, "output": None, "uses_cache": None}
+        said_of_the_run = {"checkpoint": None, "output": None, "uses_cache": None, "flops": None}
+        return {**json.loads(plan_json), **said_of_the_run}
     except (ValueError, TypeError):
+        return None
+
+
+def planned_text(plan: Plan) -> tuple[str, ...] | None:
+    """Return the text columns, in order, of the plan that stands in the run's folder; None if none does."""
+    try:
+        return tuple(json.loads(storage.read_text(storage.join(plan.output, "plan.json")))["columns"]["text"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

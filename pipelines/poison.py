@@ -9,13 +9,14 @@ text that dies alone twice is condemned. So an innocent unit, or rows that are b
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-from k2model.engine.request import Completion, Request, SupportsSubmit
+import pyarrow as pa
+
+from k2model.engine.request import Completion, Request, SupportsSubmit, Work
 from pipelines import storage
 from pipelines.annotate import Block, SupportsPrompts, row_texts
 from pipelines.commit import has_receipt, write_failure
@@ -73,7 +74,7 @@ class Attempts:
     def bury(self, cause: str, *, is_guilty: bool = False) -> None:
         """Count what was under way as a death; `is_guilty` if no other unit can be to blame."""
         doing, self.doing, self.cause = self.doing, "", cause
-        if doing == _UNIT:
+        if doing in (_UNIT, ""):  # nothing, if another driver of the run gave up meanwhile and let all go
             self.deaths += 1
             self.suspect = self.suspect or is_guilty or self.deaths >= MAX_DEATHS
         elif doing in (_READING, _WRITING):
@@ -145,6 +146,29 @@ def let_go(plan: Plan, unit_id: str) -> None:
             write(plan, attempts)
 
 
+def tally(plan: Plan, done: Set[str]) -> tuple[int, int]:
+    """Return how many units are under way, or were when their process ended unnoticed, and how many are suspects.
+
+    Args:
+        plan: the run.
+        done: ids of the units that have a receipt.
+
+    Raises: StorageError.
+    """
+    names = storage.names(storage.join(plan.output, "attempts"))
+    begun = {name.removesuffix(".json") for name in names if name.endswith(".json")} - done
+    found = storage.in_threads(lambda unit_id: read(plan, unit_id), sorted(begun))
+    return sum(bool(attempts.doing) for attempts in found), sum(attempts.suspect for attempts in found)
+
+
+def let_all_go(plan: Plan, units: Iterable[Unit]) -> None:
+    """Note that nothing of `units` is under way: the driver ended their processes, as its time was over."""
+    with suppress(StorageError):
+        stored = set(storage.names(storage.join(plan.output, "attempts")))
+        under_way = [unit.unit_id for unit in units if f"{unit.unit_id}.json" in stored]
+        storage.in_threads(lambda unit_id: let_go(plan, unit_id), under_way)
+
+
 def suspect(plan: Plan, unit_id: str, cause: str) -> None:
     """Note that the attempt under way failed and that the unit itself is to blame."""
     attempts = read(plan, unit_id)
@@ -210,13 +234,9 @@ class Known:
         """Find out what is answered to `texts`. Raises: whatever that raises."""
         wanted: dict[Request, None] = {}
         fates: dict[str, tuple[Request, ...] | RowError] = {}
-        for text in texts:
-            try:
-                requests = self._prompts.requests(text)
-            except RowError as error:
-                fates[text] = error.with_traceback(None)
-            else:
-                fates[text] = requests
+        for text, requests in zip(texts, self._prompts.requests_of(texts), strict=True):
+            fates[text] = requests
+            if not isinstance(requests, RowError):
                 wanted.update(dict.fromkeys(requests))
         completions = self._engine.submit(list(wanted)).result() if wanted else []
         self._completions.update(zip(wanted, completions, strict=True))
@@ -226,16 +246,17 @@ class Known:
         """Let `error` be the fate of `text`."""
         self._fates[text] = error
 
-    def requests(self, text: str) -> tuple[Request, ...]:
-        """Return all requests of one row. Raises: RowError."""
-        fate = self._fates[text]
-        if isinstance(fate, RowError):
-            raise fate
-        return fate
+    def requests_of(self, texts: Sequence[str]) -> list[tuple[Request, ...] | RowError]:
+        """Return all requests of each row, or why there are none."""
+        return [self._fates[text] for text in texts]
 
-    def answers(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the values of the task columns."""
-        return self._prompts.answers(completions)
+    def columns_of(self, answers: Sequence[Sequence[Completion]]) -> dict[str, pa.Array]:
+        """Return the task columns."""
+        return self._prompts.columns_of(answers)
+
+    def take_work(self) -> Work:
+        """Return what the engine computed since it was last asked."""
+        return self._engine.take_work()
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         """Return a future that is done."""

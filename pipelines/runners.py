@@ -2,7 +2,9 @@
 
 import re
 import socket
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -10,6 +12,7 @@ from typing import cast
 from pipelines import graph
 from pipelines.annotate import OpenEngine
 from pipelines.cluster import BUNDLE_THREADS, Say, run_dask
+from pipelines.giving_up import wait_or_give_up
 from pipelines.graph import Flow, open_model
 from pipelines.quiet_beam import beam
 from pipelines.stop import Stop, is_over
@@ -155,9 +158,30 @@ def _run_portable(flow: Flow, units: Sequence[Unit], options: Sequence[str]) -> 
         for some in _rounds(units, flow.stop):
             pipeline = beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options)))
             graph.build(pipeline, flow, some)
-            pipeline.run().wait_until_finish()
+            if not _ran(pipeline):
+                return
     except Exception as error:
         raise _told(error, names[-1]) from error
+
+
+def _ran(pipeline: beam.Pipeline) -> bool:
+    """Return whether the pipeline ran to its end; a job that is given up before is cancelled, and not waited for."""
+    jobs = []
+
+    def run() -> None:
+        jobs.append(pipeline.run())
+        jobs[0].wait_until_finish()
+
+    def cancel() -> None:
+        with suppress(Exception):  # not every runner can
+            jobs[0].cancel()
+
+    is_over = wait_or_give_up(run)
+    if jobs and not is_over:
+        thread = threading.Thread(target=cancel, daemon=True)
+        thread.start()
+        thread.join(_CONNECT_S)
+    return is_over
 
 
 def _look_for_job_service(endpoint: str) -> None:

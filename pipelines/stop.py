@@ -25,6 +25,9 @@ RUNNING = "running"
 BEAT_S = 30.0
 """Between two writes of a call's record: what a killed call cost is known to this."""
 
+SILENCE_S = 3 * BEAT_S
+"""A call that was not heard of for so long was killed."""
+
 # A worker looks at the record at most this often, so a run of quick units on a store pays one read a second.
 _LOOK_S = 1.0
 
@@ -60,7 +63,7 @@ class Call:
 
     def outcome_at(self, now: float) -> str:
         """Return the outcome as of `now`, in seconds since 1970: `killed` for a call that fell silent."""
-        is_silent = self.silent_at(now) > 3 * BEAT_S
+        is_silent = self.silent_at(now) > SILENCE_S
         return "killed" if self.outcome == RUNNING and is_silent else self.outcome
 
     def to_json(self) -> str:

@@ -32,6 +32,7 @@ from schemas.urls import refuse_secrets, without_secrets
 T = TypeVar("T")
 R = TypeVar("R")
 
+_LOCAL = LocalFileSystem()
 _THREADS = 16
 _PAGE = 4096
 # A PUT is atomic there, and their clients compare a body with its Content-Length.
@@ -47,6 +48,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     Raises: SpecError for an unknown protocol, or a URL with credentials; EnvironmentMismatch if its package is not
         installed.
     """
+    if url.startswith("/") and "::" not in url:  # a sixth of the time that fsspec takes to find that out
+        return _LOCAL, _LOCAL._strip_protocol(url)
     refuse_secrets(url)
     try:
         return cast(tuple[Any, str], url_to_fs(url))
@@ -244,9 +247,16 @@ def read_tail(url: str, size: int) -> bytes:
 def read_bytes(url: str) -> bytes:
     """Return the whole content. Raises: FileNotFoundError; StorageError."""
     fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        return retried(f"read {url}", lambda: _read_local(path))
     if _is_object_store(fs):  # one request: to ask for the size would be a second
         return cast(bytes, retried(f"read {url}", lambda: fs.cat_file(path)))
     with open_read(url) as file:
+        return file.read()
+
+
+def _read_local(path: str) -> bytes:
+    with open(path, "rb") as file:
         return file.read()
 
 

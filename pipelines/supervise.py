@@ -17,12 +17,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from pipelines import poison
 from pipelines.commit import pending_units
+from pipelines.giving_up import GIVEN_UP, LOOK_S
 from pipelines.stop import deaf_children
 from pipelines.watch import STALLED
 from schemas.errors import EnvironmentMismatch, K2Error
@@ -42,7 +43,7 @@ Once = Callable[[Sequence[Unit], bool], str | None]
 
 
 def until_done(plan: Plan, units: Sequence[Unit], once: Once, say: Callable[[str], None]) -> int:
-    """Run `once` until all `units` had their turn; return how often a process died on the way.
+    """Run `once` until all `units` had their turn, or the run is given up; return how often a process died on the way.
 
     Raises: EnvironmentMismatch if it dies again and again to no avail; what `once` raises.
     """
@@ -53,6 +54,9 @@ def until_done(plan: Plan, units: Sequence[Unit], once: Once, say: Callable[[str
         suspects = {unit_id for unit_id, attempt in attempts.items() if attempt.suspect}
         ordinary = [unit for unit in todo if unit.unit_id not in suspects]
         died = once(ordinary or todo, not ordinary)
+        if GIVEN_UP.is_set():  # what was under way is lost, and not to blame
+            poison.let_all_go(plan, todo)
+            break
         before, attempts = _learned(attempts), poison.settle(plan, todo, died or poison.UNKNOWN)
         if died is None:
             is_suspect = {unit_id for unit_id, attempt in attempts.items() if attempt.suspect}
@@ -104,7 +108,8 @@ def run_child(job: Callable[[], None]) -> str | None:
         pickle.dump(message, process.stdin)
         process.stdin.flush()
         pid = pickle.load(process.stdout)
-        returncode, peak, answer = pickle.load(process.stdout)
+        with _killed_when_given_up(pid):
+            returncode, peak, answer = pickle.load(process.stdout)
     except BaseException as error:
         if pid:
             with suppress(ProcessLookupError):
@@ -121,6 +126,27 @@ def run_child(job: Callable[[], None]) -> str | None:
     if raised is not None:
         raise raised
     return None
+
+
+@contextmanager
+def _killed_when_given_up(pid: int) -> Iterator[None]:
+    """Kill the process `pid` if the run is given up within the body, which waits for its end."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_S):
+            if GIVEN_UP.is_set():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                return
+
+    thread = threading.Thread(target=look, name="k2batch-given-up", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def peak_memory() -> int:

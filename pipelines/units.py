@@ -50,6 +50,7 @@ def make_plan(
     unit_rows: int = 2048,
     on_bad_file: str = "reject",
     uses_cache: bool = False,
+    text_order: str = "given",
 ) -> Plan:
     """Return the plan of a run: its identity, its units by file then position, and the files it cannot use.
 
@@ -69,6 +70,7 @@ def make_plan(
         unit_rows: most rows of one unit.
         on_bad_file: `reject` leaves a bad file out and goes on; `fail` refuses to plan.
         uses_cache: whether answers of earlier runs under `output` are taken.
+        text_order: `given`, or `shared` for a plan whose text columns are to be put into another order.
 
     Raises: SpecError if a URL matches nothing; SchemaMismatch if a file is bad and must not be, or all are;
         StorageError.
@@ -83,7 +85,8 @@ def make_plan(
         raise _refusal(files)
     identity = {
         "schema_version": SCHEMA_VERSION,
-        "columns": asdict(columns),
+        # As given, whatever the order chosen of them is: that is found out once, and then stands in the plan.
+        "columns": asdict(columns) | ({} if text_order == "given" else {"text_order": text_order}),
         "tasks": [asdict(task) for task in tasks],
         # Key order is lost in canonical JSON, and the order of labels reaches the prompt.
         "labels": [list(task.labels) for task in tasks],
@@ -151,7 +154,9 @@ def _read_footer(url: str, names: Sequence[str]) -> tuple[pa.Schema, tuple[int, 
     footer = pq.ParquetFile(pa.BufferReader(tail))
     metadata = footer.metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    texts = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in names]
+    # Not by `metadata.schema`, which holds the metadata that holds it: 0.2 MB a file until the collector comes by.
+    first = groups[0] if groups else None
+    texts = [i for i in range(metadata.num_columns) if first is not None and first.column(i).path_in_schema in names]
     text_bytes = tuple(sum(group.column(index).total_uncompressed_size for index in texts) for group in groups)
     return footer.schema_arrow, tuple(group.num_rows for group in groups), text_bytes
 

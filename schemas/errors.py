@@ -6,6 +6,7 @@
     ├─ EnvironmentMismatch      a package, a processor, a runner           exit 4
     ├─ CheckpointError          a tensor or file missing, unexpected, odd  exit 4
     ├─ StorageError             an object store refused, after retries     exit 4
+    │  └─ GivenUp               it did not answer until the run had to end exit 5
     └─ RowError                 one row; never stops a unit; becomes a row of rejects
 
 A message says what, where and the value; `remedy` says what to do about it.
@@ -60,6 +61,13 @@ class StorageError(K2Error):
 
     code = "storage"
     exit_code = 4
+
+
+class GivenUp(StorageError):
+    """An object store failed until the run had to end: its deadline, its budget or a stop was past by the grace."""
+
+    code = "given_up"
+    exit_code = 5
 
 
 class RowError(K2Error):

@@ -15,19 +15,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
-import pyarrow.parquet as pq
 
+from pipelines import storage
 from pipelines.commit import done_units, pending_units, read_plan, read_receipts, write_plan
 from pipelines.finalize import finalize, read_manifest
+from pipelines.read import read_data
 from pipelines.runners import run_units
 from schemas.runs import Plan
 from tests.fakes import FakeEngine, annotate_directly, fake_plan, tickets, write_tickets
+from tests.s3_servers import BUCKET, JuiceFS, has_juicefs, s3_environment
 
 ROOT = Path(__file__).parents[1]
 UNIT_ROWS = 10
@@ -91,9 +93,8 @@ def judge(scenario: str, plan: Plan, expected: dict[str, str], disturbed: int, s
     manifest = read_manifest(plan.output)
     assert manifest is not None
     assert manifest.status == "complete", manifest
-    folder = Path(plan.output) / "data"
-    by_glob, by_manifest = sorted(folder.glob("*.parquet")), [folder / name for name in manifest.data]
-    counts = [_ids(paths) for paths in (by_manifest, by_glob)]
+    by_listing = [name for name in storage.names(storage.join(plan.output, "data")) if name.endswith(".parquet")]
+    counts = [_ids(plan, names) for names in (manifest.data, by_listing)]
     rows = {f"T{number:06d}" for number in range(plan.rows)}
     found = {unit_id: receipt.data_sha256 for unit_id, receipt in read_receipts(plan).items()}
     return Outcome(
@@ -107,8 +108,8 @@ def judge(scenario: str, plan: Plan, expected: dict[str, str], disturbed: int, s
     )
 
 
-def _ids(paths: list[Path]) -> Counter[str]:
-    return Counter(id_ for path in paths for id_ in pq.read_table(path, columns=["ticket_id"])[0].to_pylist())
+def _ids(plan: Plan, names: Sequence[str]) -> Counter[str]:
+    return Counter(id_ for name in names for id_ in read_data(plan, name, ["ticket_id"])[0].to_pylist())
 
 
 _DRIVER = """
@@ -125,10 +126,15 @@ if __name__ == "__main__":
 """
 
 
-def drive(plan: Plan, runner: str = "local", opens: str = "open_paced_engine") -> "subprocess.Popen[bytes]":
-    """Start a driver, in a process group of its own, that does what is pending and finalizes."""
+def drive(
+    plan: Plan, runner: str = "local", opens: str = "open_paced_engine", folder: Path | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a driver, in a process group of its own, that does what is pending and finalizes.
+
+    Its script is put into `folder`, or that of the plan's output.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = Path(plan.output).parent / "driver.py"
+    script = (folder or Path(plan.output).parent) / "driver.py"
     script.write_text(_DRIVER)
     command = [sys.executable, str(script), plan.output, runner, opens]
     return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -241,6 +247,37 @@ def full_disk(folder: Path, num_units: int) -> Outcome:
         return judge("disk full, then room again", plan, expected, 1, time.perf_counter() - start)
 
 
+def store_killed(folder: Path, num_units: int) -> Outcome:
+    """Return what is left of a run whose store, input and output, was killed twice, each time started again later."""
+    store = JuiceFS(folder)
+    store.start()
+    os.environ.update(s3_environment(store.endpoint))
+    try:
+        local = write_tickets(folder / "in", "a.parquet", tickets(UNIT_ROWS * num_units), row_group_size=UNIT_ROWS)
+        bucket = f"s3://{BUCKET}"
+        storage.write_bytes_atomic(f"{bucket}/in/a.parquet", local.read_bytes())
+        quiet, plan = (
+            fake_plan([f"{bucket}/in"], f"{bucket}/{name}", unit_rows=UNIT_ROWS) for name in ("quiet", "out")
+        )
+        write_plan(quiet)
+        finish(quiet)
+        expected = {unit_id: receipt.data_sha256 for unit_id, receipt in read_receipts(quiet).items()}
+        start = time.perf_counter()
+        write_plan(plan)
+        driver = drive(plan, folder=folder)
+        for share in (4, 2):
+            wait_for(plan, num_units // share, driver)
+            assert driver.poll() is None, "it was over before the store was killed"
+            store.kill()
+            time.sleep(5)
+            store.start()
+        assert driver.wait(timeout=300) == 0
+        scenario = "SIGKILL of the store (JuiceFS, input and output), back after 5 s"
+        return judge(scenario, plan, expected, 2, time.perf_counter() - start)
+    finally:
+        store.stop()
+
+
 def soak(folder: Path, kills: int, num_units: int, seed: int) -> Outcome:
     """Return what is left of runs that are killed at random moments and resumed, until so many kills have hit.
 
@@ -310,6 +347,10 @@ def main() -> None:
             outcomes.append(full_disk(Path(folder, "full"), arguments.units))
             print("soak", file=sys.stderr, flush=True)
             outcomes.append(soak(Path(folder, "soak"), arguments.kills, arguments.units, arguments.seed))
+            if has_juicefs():  # last: a client of S3 has threads, which a fork would miss
+                print("store", file=sys.stderr, flush=True)
+                Path(folder, "store").mkdir()
+                outcomes.append(store_killed(Path(folder, "store"), arguments.units))
     print("| scenario | times | seconds | rows | lost | doubled | same bytes |\n|---|---|---|---|---|---|---|")
     for outcome in outcomes:
         print(outcome.line(), flush=True)

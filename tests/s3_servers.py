@@ -50,30 +50,60 @@ def has_juicefs() -> bool:
     return _juicefs() is not None
 
 
+class JuiceFS:
+    """A gateway that keeps all in a folder, so that it may be killed and started again; its bucket is `BUCKET`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meta = f"sqlite3://{folder}/meta.db"
+        self.folder = folder
+        disk = ["--storage", "file", "--bucket", f"{folder}/disk/"]
+        command = [str(_juicefs()), "format", *disk, self.meta, BUCKET]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Return its URL, whether or not it runs."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, always at the same port."""
+        command = [str(_juicefs()), "gateway", "--no-usage-report", "--no-banner", "--no-bgjob"]
+        command += ["--log", f"{self.folder}/log", "--cache-dir", f"{self.folder}/cache"]
+        environment = {**os.environ, "MINIO_ROOT_USER": KEY_ID, "MINIO_ROOT_PASSWORD": SECRET}
+        with open(self.folder / "gateway.out", "ab") as out:
+            address = f"127.0.0.1:{self.port}"
+            self.process = subprocess.Popen([*command, self.meta, address], env=environment, stdout=out, stderr=out)
+        _wait_for(self.port, self.process)
+
+    def kill(self) -> None:
+        """End it at once, in the middle of whatever it does."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        assert self.process is not None
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
 @contextmanager
 def juicefs(folder: Path) -> Iterator[str]:
-    """Yield the endpoint of a JuiceFS gateway that keeps all in `folder`: its bucket is `BUCKET`, made already."""
-    meta = f"sqlite3://{folder}/meta.db"
-    disk = ["--storage", "file", "--bucket", f"{folder}/disk/"]
-    subprocess.run([str(_juicefs()), "format", *disk, meta, BUCKET], check=True, capture_output=True, timeout=60)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(_juicefs()), "gateway", "--no-usage-report", "--no-banner", "--no-bgjob", "--log", f"{folder}/log"]
-    command += ["--cache-dir", f"{folder}/cache", meta, f"127.0.0.1:{port}"]
-    environment = {**os.environ, "MINIO_ROOT_USER": KEY_ID, "MINIO_ROOT_PASSWORD": SECRET}
-    with open(folder / "gateway.out", "wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    """Yield the endpoint of a JuiceFS gateway that keeps all in `folder`."""
+    gateway = JuiceFS(folder)
     try:
-        _wait_for(port, process)
-        yield f"http://127.0.0.1:{port}"
+        gateway.start()
+        yield gateway.endpoint
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        gateway.stop()
 
 
 def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:

@@ -106,7 +106,7 @@ def test_threads_return_all_in_order_by_pages() -> None:
 
 def test_scale_measures_every_step() -> None:
     facts = bench_scale.scale(230)
-    assert [row["step"] for row in facts["rows"]][-2:] == ["finalize", "report"]
+    assert [row["step"] for row in facts["rows"]][-2:] == ["verify", "replay"]
     assert all(0 < row["peak_mb"] < 1000 for row in facts["rows"])
     assert facts["bytes"].keys() >= {"plan.json", "units.parquet", "_manifest.json", "_SUCCESS", "report.html"}
     assert "units.parquet" in bench_scale.as_text(facts)

@@ -4,6 +4,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs import doctor
 from schemas.errors import CheckpointError
@@ -17,6 +18,17 @@ def test_this_installation_is_well() -> None:
     assert [check for check in checks if check.state == "fail"] == []
     assert {"python", "torch", "kernels", "processor", "memory", "model", "cache", "triton"} <= {c.name for c in checks}
     assert all(check.message for check in checks)
+
+
+def test_a_card_is_named_and_what_was_never_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.card().state == "ok"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    check = doctor.card()
+    assert check.state == "warn"
+    assert "NVIDIA H100" in check.message
+    assert "never on a card" in check.message
 
 
 def test_cpu_flags_of_both_kinds_of_machine() -> None:

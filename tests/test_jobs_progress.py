@@ -7,9 +7,10 @@ import pytest
 
 from jobs import progress
 from jobs.progress import Progress, duration, progress_line, watch
+from pipelines import poison
 from pipelines.commit import read_receipts, receipt_url
 from schemas.runs import Plan, Receipt, Unit
-from tests.fakes import annotate_directly, fake_plan, tickets, write_tickets
+from tests.fakes import annotate_directly, fake_plan, text_array, tickets, write_tickets
 
 
 def run_unit(plan: Plan, unit: Unit) -> Receipt:
@@ -64,6 +65,10 @@ def test_the_receipts_are_counted_as_they_come(tmp_path: Path, monkeypatch: pyte
     assert before.prompt_tokens > 0
     assert last.tokens_per_second == pytest.approx(tokens / last.seconds)
     assert last.cost == 1 + last.seconds
+    for name in ("prompt_tokens", "computed_tokens", "output_tokens"):
+        assert getattr(last, name) == pytest.approx(sum(getattr(receipt, name) for receipt in receipts))
+    assert (last.units_under_way, last.units_quarantined, last.rows_rejected) == (0, 0, {})
+    assert last.engine_busy == pytest.approx(sum(receipt.engine_busy for receipt in receipts) / 3)
     assert said == []
 
 
@@ -79,6 +84,22 @@ def test_tokens_of_receipts_not_read_are_estimated(tmp_path: Path, monkeypatch: 
     assert seen[-1].tokens_per_second * seen[-1].seconds == pytest.approx(
         4 * (first.prompt_tokens + first.output_tokens)
     )
+
+
+def test_rejects_and_units_under_way_are_counted(tmp_path: Path) -> None:
+    bodies = [None, b"", b"x"] * 4
+    table = tickets(12).set_column(1, "subject", text_array([None] * 12)).set_column(2, "body", text_array(bodies))
+    write_tickets(tmp_path / "in", "a.parquet", table, row_group_size=6)
+    plan = fake_plan([tmp_path / "in"], tmp_path / "out", unit_rows=6)
+    run_unit(plan, plan.units[0])
+    ended, under_way = plan.units
+    for unit in (ended, under_way):  # a receipt was written just now, and the note not yet deleted
+        poison.write(plan, poison.Attempts(unit_id=unit.unit_id, doing="unit", suspect=True))
+    seen: list[Progress] = []
+    with watch(plan, set(), [seen.append], say=print):
+        pass
+    assert seen[-1].rows_rejected == {"null_text": 2.0, "blank_text": 2.0}
+    assert (seen[-1].units_under_way, seen[-1].units_quarantined) == (1, 1)
 
 
 def test_a_store_that_does_not_answer_is_said_and_the_run_goes_on(

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.replay import as_lines, replay
+from jobs.replay import as_lines, draw, replay
 from jobs.run import run
 from jobs.spec import load_spec
 from jobs.verify import verify
 from k2model.engine.request import Completion, Request
-from pipelines.commit import read_plan, read_receipts, receipt_url, to_parquet
+from pipelines.commit import read_plan, read_receipts, receipt_url, receipts_of, to_parquet
 from schemas.errors import CheckpointError, SpecError
 from schemas.runs import Plan
 from tests.fake_jobs import job_file, open_planned_engine
@@ -159,6 +160,37 @@ def test_rows_that_cannot_be_replayed_are_counted_and_the_others_are(output: str
     assert len(found.problems) == 3
     names[3].write_bytes(to_parquet(pq.read_table(names[3]).slice(1)))
     assert replay(output, 33, open_engine=open_planned_engine).replayed == 0
+
+
+def test_receipts_are_not_kept_while_rows_are_drawn(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept:
+        def __init__(self, rows_annotated: int) -> None:
+            self.rows_annotated = rows_annotated
+
+    plan = read_plan(output)
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+    most = 0
+
+    def receipts(plan: Plan) -> Iterator[tuple[str, Kept]]:
+        nonlocal most
+        for unit_id, receipt in receipts_of(plan):
+            assert receipt is not None
+            kept = Kept(receipt.rows_annotated)
+            alive.add(kept)
+            most = max(most, len(alive))
+            yield unit_id, kept
+
+    monkeypatch.setattr("jobs.replay.receipts_of", receipts)
+    drawn = draw(plan, 5, seed=1)
+    assert sum(len(places) for _, places in drawn) == 5
+    assert most <= 2
+
+
+def test_a_receipt_that_goes_meanwhile_is_a_problem(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.replay.read_receipt", lambda plan, unit_id: None)
+    found = replay(output, 33, open_engine=open_planned_engine)
+    assert (found.replayed, len(found.problems)) == (0, 4)
+    assert "its receipt is gone" in found.problems[0]
 
 
 def test_a_changed_input_cannot_be_replayed(output: str) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs import stopping
 from jobs.status import as_text, status
+from pipelines import commit, poison
 from pipelines.commit import read_receipts, write_plan
 from pipelines.finalize import finalize
 from pipelines.stop import BEAT_S, Call, write_call
-from schemas.runs import Plan
+from schemas.runs import Plan, Receipt
 from tests.fakes import FINGERPRINT, annotate_directly, fake_plan, tickets, write_tickets
 
 
@@ -54,6 +56,46 @@ def test_a_driver_that_fell_silent_is_told_from_one_that_works(plan: Plan) -> No
     note_call(plan, "a", time.time() - 10 * BEAT_S, 2.0, "running")
     facts, _ = status(plan.output)
     assert (facts["outcome"], facts["silent_seconds"]) == ("killed", None)
+
+
+def test_units_under_way_are_told_from_those_of_a_dead_driver(plan: Plan) -> None:
+    note_call(plan, "a", time.time() - 60, 1.0, "running")
+    poison.write(plan, poison.Attempts(unit_id=plan.units[1].unit_id, doing="unit", begun=1))
+    poison.write(plan, poison.Attempts(unit_id=plan.units[2].unit_id, doing="", suspect=True))
+    facts, _ = status(plan.output)
+    assert (facts["units_under_way"], facts["units_abandoned"], facts["units_quarantined"]) == (1, 0, 1)
+    text = as_text(facts)
+    assert "  1 unit under way\n  1 unit under which processes died" in text
+    assert "last heard of 59 s ago; while it lives, that is 30 s at most" in text
+    note_call(plan, "a", time.time() - 1000, 1.0, "running")
+    facts, _ = status(plan.output)
+    assert (facts["outcome"], facts["units_under_way"], facts["units_abandoned"]) == ("killed", 0, 1)
+    assert "1 unit begun by a call that ended before" in as_text(facts)
+    note_call(plan, "a", time.time() - 5, 1.0, "stopped")  # and about to end its last unit
+    assert status(plan.output)[0]["units_under_way"] == 1
+
+
+def test_sums_of_many_receipts_are_estimated_from_some(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotate_directly(plan, plan.units[1:])
+    finalize(plan, max_reject_rate=1.0)
+    exact, _ = status(plan.output)
+    Path(plan.output, "_SUCCESS").unlink()
+    Path(plan.output, "_manifest.json").unlink()
+    assert not status(plan.output)[0]["is_estimate"]
+    read: list[str] = []
+
+    def read_receipt(plan: Plan, unit_id: str) -> Receipt | None:
+        read.append(unit_id)
+        return commit.read_receipt(plan, unit_id)
+
+    monkeypatch.setattr(stopping, "read_receipt", read_receipt)
+    monkeypatch.setattr("jobs.status.RECEIPTS_READ", 2)
+    facts, _ = status(plan.output)
+    assert read == [plan.units[0].unit_id, plan.units[2].unit_id]
+    assert facts["is_estimate"]
+    keys = ("units_done", "rows_annotated", "rows_rejected")
+    assert [facts[key] for key in keys] == [exact[key] for key in keys]
+    assert "4 of 4 units done, about 40 rows annotated" in as_text(facts)
 
 
 def test_without_a_call_there_is_no_rate(plan: Plan) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from jobs import stopping
+from jobs.limits import Limit
 from jobs.run import Summary, exit_code, left_text, resumable, run
 from jobs.spec import JobSpec, load_spec
 from pipelines.commit import read_plan, read_receipts
 from pipelines.finalize import read_manifest
+from pipelines.giving_up import GIVEN_UP
 from pipelines.stop import Call, read_calls, write_call
 from schemas.errors import StorageError
 from schemas.runs import Plan
@@ -68,12 +70,19 @@ def dead_call(output: str, **fields: Any) -> None:
 DRIVER = """
 import pathlib
 import sys
+from pipelines import storage
 from tests.fakes import FakeEngine
 from jobs.cli import leave, main
 
+def refuse(*given):
+    raise ConnectionRefusedError("nobody listens")
+
 def open_engine(plan):
     pathlib.Path(sys.argv[3]).touch()
-    return FakeEngine(fingerprint=plan.model_fingerprint, pause_s=float(sys.argv[2]))
+    pause_s = float(sys.argv[2])
+    if pause_s < 0:
+        storage._write_local = refuse
+    return FakeEngine(fingerprint=plan.model_fingerprint, pause_s=max(0.0, pause_s))
 
 if __name__ == "__main__":
     leave(main(["run", sys.argv[1], *sys.argv[4:], "--json"], open_engine=open_engine))
@@ -82,7 +91,10 @@ if __name__ == "__main__":
 
 @contextmanager
 def driven(job: Path, pause_s: float, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    """Yield a process, in a group of its own, that runs the job, once its model is open; a unit takes `pause_s`."""
+    """Yield a process, in a group of its own, that runs the job, once its model is open; a unit takes `pause_s`.
+
+    Or once it has ended, if it has a limit.
+    """
     script, mark = job.with_name("drive.py"), job.with_name("open")
     script.write_text(DRIVER)
     command = [sys.executable, str(script), str(job), str(pause_s), str(mark), *words]
@@ -91,7 +103,7 @@ def driven(job: Path, pause_s: float, *words: str) -> Iterator["subprocess.Popen
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
         try:
-            wait_for(mark.exists, process)
+            wait_for(lambda: mark.exists() or (words and process.poll() is not None), process)
             yield process
         finally:
             process.kill()
@@ -151,12 +163,76 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
 
 
 def test_after_sigterm_units_have_the_grace_and_no_longer(tmp_path: Path) -> None:
-    with driven(long_job(tmp_path, more="grace_seconds = 0.5"), 60) as process:
+    with driven(long_job(tmp_path, more="grace_seconds = 0.5"), 600) as process:
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=15)
-    assert process.returncode == 5
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
     assert "units are still under way after" in err
-    assert json.loads(out)["error"]["code"] == "interrupted"
+    assert_given_up(json.loads(out), "stopped")
+
+
+def assert_given_up(summary: dict[str, Any], outcome: str) -> None:
+    """Nothing was done, nothing is published, no unit is blamed, and the run goes on to the bytes of another."""
+    assert (summary["status"], summary["outcome"], summary["units_left"]) == ("incomplete", outcome, 24)
+    folder = Path(summary["output"])
+    assert not (folder / "_SUCCESS").exists()
+    assert [call.outcome for call in read_calls(str(folder))] == [outcome]
+    begun = [json.loads(path.read_text()) for path in (folder / "attempts").glob("*.json")]
+    assert [(attempts["doing"], attempts["deaths"]) for attempts in begun] == [("", 0)] * len(begun)
+    job = folder.parents[1] / "job.toml"
+    resumed, _ = run(spec_of(job), open_engine=open_planned_engine)
+    assert (resumed.outcome, resumed.units_left) == ("complete", 0)
+    undisturbed = load_spec(str(job), {"deploy": IN_PROCESS, "output": {"url": str(job.with_name("other"))}})
+    assert digests(run(undisturbed, open_engine=open_planned_engine)[0]) == digests(resumed)
+
+
+@pytest.mark.parametrize(
+    ("words", "outcome"), [(("--deadline", "4s"), "deadline"), (("--max-cost", "4"), "budget")], ids=["time", "cost"]
+)
+def test_a_limit_and_its_grace_are_a_hard_bound(tmp_path: Path, words: tuple[str, ...], outcome: str) -> None:
+    more = "grace_seconds = 0.5\n[deploy]\nprice_per_hour = 3600.0"
+    with driven(long_job(tmp_path, more=more), 600, *words) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    summary = json.loads(out)
+    assert 4.5 <= summary["cost"] < 24  # seconds; 5 where nothing else runs
+    assert_given_up(summary, outcome)
+
+
+def test_the_run_is_given_up_once_the_limit_is_past_by_the_grace(tmp_path: Path) -> None:
+    spec = spec_of(job_file(tmp_path, more="grace_seconds = 0.3"))
+    plan = read_plan(run(spec, open_engine=open_planned_engine)[0].output)
+    said: list[str] = []
+    began = time.time()
+    limit = Limit(began + 0.2, "deadline", "")
+
+    def end_in_time_trouble() -> None:
+        with (
+            stopping.recorded(plan, spec, time.perf_counter(), limit=limit, say=said.append) as call,
+            stopping.stoppable(call),
+        ):
+            assert GIVEN_UP.wait(30)
+            assert time.time() >= began + 0.45
+            raise StorageError("away")
+
+    with pytest.raises(StorageError, match="away"):
+        end_in_time_trouble()
+    assert not GIVEN_UP.is_set()
+    assert [line for line in said if "giving them up" in line]
+    assert [call.outcome for call in read_calls(plan.output)] == ["complete", "deadline"]
+
+
+def test_a_store_that_is_down_does_not_keep_a_run_beyond_the_grace(tmp_path: Path) -> None:
+    where = """[deploy]\nrunner = "portable"\noptions = ["--runner=FnApiRunner"]"""
+    job = long_job(tmp_path, more=f"grace_seconds = 0.5\n{where}")
+    with driven(job, -1.0) as process:  # the engine that opens takes the store away
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)  # of the 600 s for which a store is tried
+    assert process.returncode == 5, err
+    error = json.loads(out)["error"]
+    assert error["code"] == "given_up"
+    assert "nobody listens (given up with the run)" in error["message"]
 
 
 def test_sigterm_drains_and_gives_the_signals_back(tmp_path: Path) -> None:
@@ -262,8 +338,8 @@ def test_a_stop_that_could_not_be_written_is_written_again(tmp_path: Path, monke
     plan = read_plan(run(spec, open_engine=open_planned_engine)[0].output)
     said: list[str] = []
     with (
-        stopping.recorded(plan, spec, time.perf_counter()) as call,
-        stopping.stoppable(call, grace_s=60, say=said.append),
+        stopping.recorded(plan, spec, time.perf_counter(), limit=None, say=said.append) as call,
+        stopping.stoppable(call),
     ):
         time.sleep(0.2)
         assert written.count("running") > 3

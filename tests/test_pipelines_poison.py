@@ -11,7 +11,7 @@ import pytest
 
 from jobs.verify import verify
 from k2model.engine.engine import Engine
-from k2model.engine.request import Completion, Request
+from k2model.engine.request import Completion, Request, Work
 from pipelines import poison
 from pipelines.annotate import Block, annotate
 from pipelines.commit import pending_units, read_receipts, write_plan
@@ -175,6 +175,9 @@ class _ShortOfMemory:
         self.word = word
         self.busy_seconds = 0.0
         self.sizes: list[int] = []
+
+    def take_work(self) -> Work:
+        return self.engine.take_work()
 
     def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
         if any(self.word in self.engine.tokenizer.decode(request.prompt_ids) for request in requests):

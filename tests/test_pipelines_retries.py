@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines import retries
+from pipelines.giving_up import GIVEN_UP
 from pipelines.retries import may_pass, retried
 from schemas.errors import StorageError
 
@@ -179,7 +180,7 @@ def test_the_budget_is_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    monkeypatch.setattr(GIVEN_UP, "wait", lambda timeout: waits.append(timeout))
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 1.0)
     monkeypatch.setattr(retries, "MAX_WAIT_S", 16.0)
     monkeypatch.setattr(retries, "BUDGET_S", 60.0)

@@ -1,9 +1,11 @@
 """The contract of an input table, and the records that cross storage."""
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
-from schemas.runs import Manifest, Plan, Receipt, RejectedFile, Task, Unit, digest
+from schemas.runs import Manifest, ModelFlops, Plan, Receipt, RejectedFile, Task, Unit, digest
 from schemas.tickets import TicketColumns, differences
 
 COLUMNS = TicketColumns(id="ticket_id", text=("subject", "body"), optional=("subject",))
@@ -36,13 +38,13 @@ def test_records_come_back_from_json_as_they_were() -> None:
     plan = Plan(
         run_id="r", job="j", output="out/r", columns=COLUMNS, tasks=(Task(name="t", kind="choose", labels={"ä": "b"}),),
         checkpoint="c", model_fingerprint="f", mode="cpu", prefix="", max_prompt_tokens=1, units=(unit,),
-        rejected_files=(bad,), files=2,
+        rejected_files=(bad,), files=2, flops=ModelFlops(token=8, all_experts=20, expert=2),
     )  # fmt: skip
     assert Plan.from_json(plan.to_json(), plan.units) == plan
-    totals = {"prompt_tokens": 1, "computed_tokens": 1, "output_tokens": 0}
+    totals: Any = {"prompt_tokens": 1, "computed_tokens": 1, "output_tokens": 0}
     receipt = Receipt(
         unit_id="u", attempt="a", data="d", data_sha256="s", rejects=None, rows=9, rows_annotated=8, rows_rejected=1,
-        error_codes={"blank_text": 1}, labels={"t": {"ä": 8}}, seconds=0.5, **totals,
+        error_codes={"blank_text": 1}, labels={"t": {"ä": 8}}, seconds=0.5, flops={"computed": 7}, **totals,
     )  # fmt: skip
     assert Receipt.from_json(receipt.to_json()) == receipt
     manifest = Manifest(
