@@ -102,7 +102,7 @@ def test_tests_are_flat_and_named_after_what_they_test() -> None:
 
 def test_every_package_is_listed_in_the_wheel() -> None:
     here = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in FILES if p.name == "__init__.py"}
-    folders_of_data = {"jobs.samples", "jobs.specs"}
+    folders_of_data = {"jobs.recipes", "jobs.samples", "jobs.specs"}
     assert here | folders_of_data == set(project()["tool"]["setuptools"]["packages"])
 
 

@@ -10,12 +10,15 @@ import pytest
 from jobs.arguments import EXAMPLES, EXIT_CODES
 from jobs.cli import main
 from jobs.spec import _KEYS, load_spec
+from k2model.compress import calibrate
 from schemas.annotations import JSON_FIELD, ROW_FIELDS, SAMPLES_FIELD, TASK_FIELDS
 from schemas.errors import FILE_ERROR_CODES, ROW_ERROR_CODES
 from tests.checkpoints import write_checkpoint
 from tests.fake_jobs import open_planned_engine
 
 ROOT = Path(__file__).parents[1]
+TEXTS = calibrate.calibration_texts()[::100]
+"""What the recipe's models are calibrated over: a hundredth, in a hundredth of the time."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONSOLE = re.findall(r"^\$ (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
 JOB = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]
@@ -29,7 +32,14 @@ def section(title: str) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder where the README's commands can run: the samples, and its job beside some tickets."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    (tmp_path / "jobs" / "recipes").mkdir(parents=True)
+    for path in (ROOT / "jobs").iterdir():
+        if path.name != "recipes":
+            (tmp_path / "jobs" / path.name).symlink_to(path)
+    recipe = (ROOT / "jobs" / "recipes" / "tiny.toml").read_text().replace("smollm2-135m-instruct", "teacher")
+    (tmp_path / "jobs" / "recipes" / "tiny.toml").write_text(recipe)
+    write_checkpoint(tmp_path / "teacher", max_position_embeddings=2048)
+    monkeypatch.setattr(calibrate, "calibration_texts", lambda: TEXTS)
     job = JOB.replace("s3://my-bucket/tickets/*.parquet", "jobs/samples/labeling-*.parquet")
     job = job.replace("s3://my-bucket/annotated/", "annotated/") + "\n[limits]\nmax_reject_rate = 0.5\n"
     (tmp_path / "my-sweep.toml").write_text(job)
