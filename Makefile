@@ -43,7 +43,7 @@ lint: dev
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not soak"
+	$(BIN)/python -m pytest -q -m "not soak" -n 2 --dist worksteal
 
 chaos: dev
 	$(BIN)/python -m pytest -q -m soak
