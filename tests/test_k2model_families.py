@@ -36,8 +36,16 @@ LLAMA = {**SIZES, "hidden_size": 54, "intermediate_size": 70, "num_attention_hea
 QWEN = {**LLAMA, "num_hidden_layers": 3, **rope(1e6)}
 QWEN2 = {**{key: value for key, value in QWEN.items() if key != "head_dim"}, "hidden_size": 60}
 QWEN_MOE = {**QWEN, "moe_intermediate_size": 22, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True}
-GLM = {**LLAMA, "num_hidden_layers": 3, "moe_intermediate_size": 22, "n_routed_experts": 7, "num_experts_per_tok": 3,
-       "n_shared_experts": 2, "routed_scaling_factor": 1.7, **rope(partial_rotary_factor=1.0)}
+GLM = {
+    **LLAMA,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 22,
+    "n_routed_experts": 7,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    **rope(partial_rotary_factor=1.0),
+}
 MIXTRAL = {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2, **rope(1e6)}
 YARN = rope(kind="yarn", factor=6.0, original_max_position_embeddings=24, beta_fast=6.0, beta_slow=1.0)
 GPT_OSS = {**LLAMA, "num_hidden_layers": 3, "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 30,
