@@ -195,7 +195,8 @@ def test_a_limit_and_its_grace_are_a_hard_bound(tmp_path: Path, words: tuple[str
         out, err = process.communicate(timeout=60)
     assert process.returncode == 5, err
     summary = json.loads(out)
-    assert 4.5 <= summary["cost"] < 24  # seconds; 5 where nothing else runs
+    # Seconds of the call; 4.5 where nothing else runs, less what the limit alone counts: imports, planning.
+    assert 2 < summary["cost"] < 24
     assert_given_up(summary, outcome)
 
 
