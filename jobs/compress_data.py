@@ -18,7 +18,7 @@ from k2model.tokenizer import Tokenizer
 from pipelines import storage
 from pipelines.annotate import row_texts
 from pipelines.prompts import Prompts
-from schemas.errors import PromptTooLong, RowError, SchemaMismatch
+from schemas.errors import RowError, SchemaMismatch
 from schemas.runs import Task, digest
 
 WATCHED = 0.05
@@ -209,20 +209,16 @@ class Batches:
     def _fitting(self, question: Question) -> Question | None:
         """Return the question with the rows that can be learned from; None if there are none."""
         prompts = self._prompts(question.task)
-        rows, watched = (
-            tuple(row for row in side if _fits(prompts, row.text) and (row.truth is not None or not self._is_labelled))
-            for side in (question.rows, question.watched)
-        )
+        rows, watched = (self._usable(side, prompts) for side in (question.rows, question.watched))
         if not rows:
             return None
         return replace(question, rows=rows, watched=watched, held_back=())
 
-
-def _fits(prompts: Prompts, text: str) -> bool:
-    try:
-        return bool(prompts.requests(text))
-    except PromptTooLong:
-        return False
+    def _usable(self, rows: Sequence[Row], prompts: Prompts) -> tuple[Row, ...]:
+        """Return the rows whose prompts fit, and that have a label where they must."""
+        rows = [row for row in rows if row.truth is not None or not self._is_labelled]
+        asked = prompts.requests_of([row.text for row in rows])
+        return tuple(row for row, requests in zip(rows, asked, strict=True) if not isinstance(requests, RowError))
 
 
 def _sampled(question: Question, rows: Sequence[Row], draw: random.Random) -> tuple[Task, list[Row]]:
@@ -245,8 +241,9 @@ def _sampled(question: Question, rows: Sequence[Row], draw: random.Random) -> tu
 def _batch(prompts: Prompts, task: Task, rows: Sequence[Row], label: int) -> Batch:
     """Return `rows` as examples: which label, or, for `choose_many`, whether `label`, yes or no."""
     examples = []
-    for row in rows:
-        (request,) = prompts.requests(row.text)
+    for row, asked in zip(rows, prompts.requests_of([row.text for row in rows]), strict=True):
+        assert not isinstance(asked, RowError)  # its prompt fits with all labels listed
+        (request,) = asked
         candidates, truth = request.candidates, None
         if task.kind == "choose_many":
             candidates = candidates[2 * label : 2 * label + 2]

@@ -8,11 +8,12 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from jobs.compress_data import Question
+from jobs.compress_data import Question, Row
 from jobs.evaluate import Answers, measures, one_hot
 from k2model.compress.recipe import is_quantized
 from k2model.config import ModelConfig
@@ -63,7 +64,7 @@ def _quality(engine: Engine, question: Question, max_prompt_tokens: int) -> dict
     """Return accuracy and macro-F1, of rows that are too long for the model, too: they are wrong."""
     places = {label: place for place, label in enumerate(question.task.labels)}
     prompts = _prompts(engine, question, max_prompt_tokens)
-    asked = [_requests(prompts, row.text) for row in question.held_back]
+    asked = _requests(prompts, question.held_back)
     completions = iter(_complete(engine, [request for requests in asked for request in requests]))
     columns = prompts.columns_of([[next(completions) for _ in requests] for requests in asked if requests])
     suffix = "label" if question.task.kind == "choose" else "labels"
@@ -86,11 +87,9 @@ def _prompts(engine: Engine, question: Question, max_prompt_tokens: int) -> Prom
     return Prompts([question.task], engine.tokenizer, min(max_prompt_tokens, engine.max_position_embeddings))
 
 
-def _requests(prompts: Prompts, text: str) -> tuple[Request, ...]:
-    try:
-        return prompts.requests(text)
-    except RowError:
-        return ()
+def _requests(prompts: Prompts, rows: Sequence[Row]) -> list[tuple[Request, ...]]:
+    """Return what is asked of each row; nothing where the prompt is too long."""
+    return [() if isinstance(asked, RowError) else asked for asked in prompts.requests_of([row.text for row in rows])]
 
 
 def _complete(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
@@ -123,8 +122,8 @@ def _asked(engine: Engine, questions: Sequence[Question], rows: int, max_prompt_
     asked: list[Request] = []
     for question in questions:
         prompts = _prompts(engine, question, max_prompt_tokens)
-        for row in (question.held_back or question.rows)[: max(1, rows // len(questions))]:
-            asked += _requests(prompts, row.text)
+        timed = (question.held_back or question.rows)[: max(1, rows // len(questions))]
+        asked += chain.from_iterable(_requests(prompts, timed))
     _complete(engine, asked[:2])  # what is made once, such as the candidates' tree
     return asked
 

@@ -6,10 +6,10 @@ The page holds no script and loads nothing, as that of a run.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs.report import render_page
 from k2model.compress.train_state import read_curve
 
 WIDTH, HEIGHT = 640, 180
@@ -43,17 +43,13 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def render(facts: Mapping[str, Any], curves: Mapping[str, Sequence[Line]]) -> str:
     """Return the page."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("compress.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        "compress.html.jinja",
         facts=facts,
         curves={name: lines for name, lines in curves.items() if lines},
         width=WIDTH,
         height=HEIGHT,
         percent=percent,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.churn import Churn, churn_lines, read_churn, write_churn
+from k2model.formats.inspect import short
 from pipelines import finalize, storage
 from pipelines.arithmetic import CAUSES
 from pipelines.commit import done_units, read_plan, read_receipt
@@ -98,27 +99,38 @@ def report(run_url: str, against: str = "") -> tuple[str, dict[str, Any]]:
 
 def render(plan: Plan, manifest: Manifest, churn: Churn | None = None) -> str:
     """Return the report as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     done = done_units(plan)
     shown = list(islice((unit for unit in plan.units if unit.unit_id in done), FILES))
     receipts = storage.in_threads(lambda unit: read_receipt(plan, unit.unit_id), shown)
     files = [{"unit": unit, "receipt": receipt} for unit, receipt in zip(shown, receipts, strict=True) if receipt]
-    return template.render(
+    return render_page(
+        "report.html.jinja",
         plan=plan,
         manifest=manifest,
         files=files,
         rejects=reject_examples(plan, manifest),
         rows=sample_rows(plan, manifest),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         how_to_read=how_to_read(plan),
         share=share,
         flops=flops_lines(plan, manifest),
         ending=ending(manifest),
         churn=churn,
     )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return the page of a template beside this file, every value escaped; `written` is the time now."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template(template).render(written=written, **values)
 
 
 def text_report(plan: Plan, manifest: Manifest) -> str:
@@ -159,22 +171,17 @@ def flops_lines(plan: Plan, manifest: Manifest) -> list[str]:
     """Return the arithmetic of a run: what was computed, and what was not, each cause by its own name."""
     if not manifest.flops:
         return []
-    per_token = f", {short(plan.flops.token)} a token" if plan.flops.token else ""
+    per_token = f", {_short(plan.flops.token)} a token" if plan.flops.token else ""
     computed = manifest.flops["computed"]
     saved = [(flops, cause) for key, cause in CAUSES.items() if (flops := manifest.flops.get(key, 0))]
     return [
-        f"{short(computed)} computed{per_token}; attention over keys and the output head come on top",
-        *(f"{short(flops)} not computed: {cause}" for flops, cause in saved),
+        f"{_short(computed)} computed{per_token}; attention over keys and the output head come on top",
+        *(f"{_short(flops)} not computed: {cause}" for flops, cause in saved),
     ]
 
 
-def short(number: float) -> str:
-    """Return a number to three digits with its decimal prefix, such as `1.23 T`."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 999.5 or prefix == "E":
-            break
-        number /= 1000
-    return f"{number:,.3g} {prefix}".rstrip()
+def _short(flops: int) -> str:
+    return short(flops, digits=3, largest="E").rstrip()
 
 
 def ending(manifest: Manifest) -> str:

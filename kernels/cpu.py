@@ -20,7 +20,8 @@ _HEAD_BLOCK = 64
 _WIDENED_HEAD_BLOCK = 256
 """The same where the embedding is widened to float32 for each product, which takes as long as 64 rows do."""
 
-_ARGMAX_SHORTLIST = 16
+ARGMAX_SHORTLIST = 16
+"""Tokens of highest rounded logits, whose exact ones are compared."""
 
 _ROW_BLOCK = 16
 """Rows of a float32 product. BLAS takes other paths for other row counts: of 4,581 rows, 18 differed on one thread and
@@ -373,7 +374,7 @@ def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) ->
         logits = _near_logits(rows, head)
         if barred is not None:
             logits.masked_fill_(barred, float("-inf"))
-        ids = logits.topk(min(_ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices.sort(dim=-1).values
+        ids = logits.topk(min(ARGMAX_SHORTLIST, head.shape[0]), dim=-1).indices.sort(dim=-1).values
         exact = _exact_logits(rows, head, ids)
         if barred is not None:
             exact.masked_fill_(barred.gather(1, ids), float("-inf"))

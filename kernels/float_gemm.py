@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cpu import ShapeError, rounded
+from kernels.cpu import ARGMAX_SHORTLIST, ShapeError, rounded
 from kernels.label_score import label_logits
 from kernels.language import dot
 
@@ -19,9 +19,6 @@ FLOAT_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_
 
 FLOAT32_TILE = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
 """Of float32, which is multiplied in full: routers, absorbed latents, and the reference precision."""
-
-_SHORTLIST = 16
-"""As kernels/cpu.py."""
 
 
 @triton.jit
@@ -99,7 +96,7 @@ def argmax_token(hidden: Tensor, head: Tensor, allowed: Tensor | None = None) ->
     logits = float_linear(hidden, head)
     if allowed is not None:
         logits.masked_fill_(~allowed, float("-inf"))
-    ids = logits.topk(min(_SHORTLIST, len(head)), dim=-1).indices.sort(dim=-1).values
+    ids = logits.topk(min(ARGMAX_SHORTLIST, len(head)), dim=-1).indices.sort(dim=-1).values
     exact = label_logits(hidden.contiguous(), head, ids)
     if allowed is not None:
         exact.masked_fill_(~allowed.gather(1, ids), float("-inf"))

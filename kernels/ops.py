@@ -12,12 +12,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_fake
+from torch import Tensor, library
 
 from kernels import cpu, cpu_routing
 
-_OPERATORS = Library("k2batch", "DEF")
+_OPERATORS = library.Library("k2batch", "DEF")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +222,7 @@ def _define(schema: str, on_cpu: Callable[..., Any], on_card: Callable[..., Any]
     _OPERATORS.define(schema)
     _OPERATORS.impl(name, on_cpu, "CPU")
     _OPERATORS.impl(name, on_card, "CUDA")
-    register_fake(f"k2batch::{name}", fake, lib=_OPERATORS)
+    library.register_fake(f"k2batch::{name}", fake, lib=_OPERATORS)
 
 
 _define(

@@ -259,9 +259,8 @@ def paged_prefill(
             TREES=trees is not None,
             SINKS=sinks is not None,
             BLOCK_M=tile.block_m,
-            BLOCK_N=min(
-                tile.block_n, page, 64
-            ),  # of one page, so one address: one per key spills; and two words of a tree
+            # Of one page, so one address: one per key spills; and two words of a tree.
+            BLOCK_N=min(tile.block_n, page, 64),
             BLOCK_D=block_d,
             BLOCK_REST=block_rest,
             BLOCK_DV=block_dv,

@@ -1,6 +1,7 @@
 """The columns that a unit's rows get, made from those of its answers: one answer may be that of many rows.
 
-N rows, A answers. No value of a row is a Python object: that took as long as all else but the tokenizer.
+N rows, A answers. Values of answers are never a Python object for each row: that took as long as all else but the
+tokenizer.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.library import Library
+from torch import library
 
 from k2model.compress.recipe import prepare_int8
 from k2model.decoder.model import Decoder, kv_shape
@@ -49,13 +49,13 @@ def card() -> Iterator[None]:
         for name in ("FLOAT_TILE", "FLOAT32_TILE"):
             patch.setattr(float_gemm, name, getattr(float_gemm, name) | {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32})
         warnings.filterwarnings("ignore", message=".*[Oo]verrid")
-        library = Library("k2batch", "IMPL")
+        operators = library.Library("k2batch", "IMPL")
         try:
             for name, function in ON_CARD.items():
-                library.impl(name, function, "CPU", allow_override=True)
+                operators.impl(name, function, "CPU", allow_override=True)
             yield
         finally:
-            library._destroy()
+            operators._destroy()
 
 
 def card_decoder(folder: Path, precision: Precision = PRECISIONS["fp32"], page: int = 16) -> Decoder:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import aot
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """A card, or this process under Triton's interpreter."""
 
@@ -73,6 +75,13 @@ MATMUL = np.matmul
 def matmul_row_by_row(a: Any, b: Any, dtype: Any = None) -> Any:
     """Return a @ b; of floats without BLAS, which gives a row other bits in another place."""
     return np.einsum("mk,kn->mn", a, b) if dtype == np.float32 else MATMUL(a, b, dtype=dtype)
+
+
+def assert_attention_code(cases: list[aot.Case]) -> None:
+    """Compile the cases: tensor-core products, keys loaded beside them, no spills."""
+    for case, code in zip(cases, aot.compile_cases(cases), strict=True):
+        product = "HGMMA" if case.capability == 90 else "HMMA"
+        assert code.faults(case.capability, product, "LDGSTS") == [], (case.constants, code)
 
 
 def bias_of(visible: Tensor) -> Tensor:

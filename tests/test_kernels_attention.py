@@ -12,7 +12,7 @@ from kernels.attention import packed_prefill, prefix_attention
 from kernels.attention_tiles import ATTENTION_TILES
 from kernels.cpu import ShapeError
 from kernels.softmax import head_blocks, merge_states
-from tests.kernel_cases import DEVICE, poisoned_outputs, random
+from tests.kernel_cases import DEVICE, assert_attention_code, poisoned_outputs, random
 
 TOLERANCE = {
     # 24 bits, and sums of at most a few hundred terms whose order differs: 2**-24 * 2**8.
@@ -224,14 +224,8 @@ def machine_case(card: int, width: int, *, causal: bool = True, window: int = 0,
     )
 
 
-def assert_machine_code(cases: list[aot.Case]) -> None:
-    for case, code in zip(cases, aot.compile_cases(cases), strict=True):
-        product = "HGMMA" if case.capability == 90 else "HMMA"
-        assert code.faults(case.capability, product, "LDGSTS") == [], (case.constants, code)
-
-
 def test_machine_code_of_every_tile() -> None:
-    assert_machine_code([machine_case(card, width) for card, width in ATTENTION_TILES if width < 256])
+    assert_attention_code([machine_case(card, width) for card, width in ATTENTION_TILES if width < 256])
 
 
 @pytest.mark.slow
@@ -239,4 +233,4 @@ def test_machine_code_of_wide_heads_windows_and_prefixes() -> None:
     cases = [machine_case(card, 256) for card in (90, 80)]
     cases += [machine_case(card, 128, window=128) for card in (90, 80)]
     cases += [machine_case(card, 128, causal=False, group=7) for card in (90, 80)]
-    assert_machine_code(cases)
+    assert_attention_code(cases)

@@ -13,7 +13,14 @@ from kernels.attention_tiles import ATTENTION_TILES
 from kernels.cpu import ShapeError
 from kernels.paged_prefill import Trees, paged_prefill, visible_words
 from kernels.softmax import head_blocks
-from tests.kernel_cases import DEVICE, matmul_row_by_row, poisoned_outputs, quick_interpreter, random
+from tests.kernel_cases import (
+    DEVICE,
+    assert_attention_code,
+    matmul_row_by_row,
+    poisoned_outputs,
+    quick_interpreter,
+    random,
+)
 
 TOLERANCE = {torch.float32: 2**-16, torch.float16: 2 * 2**-11, torch.bfloat16: 2 * 2**-8}
 """As in test_kernels_attention.py."""
@@ -214,14 +221,8 @@ def machine_case(card: int, width: int, *, window: int = 0, trees: bool = False,
     )
 
 
-def assert_machine_code(cases: list[aot.Case]) -> None:
-    for case, code in zip(cases, aot.compile_cases(cases), strict=True):
-        product = "HGMMA" if case.capability == 90 else "HMMA"
-        assert code.faults(case.capability, product, "LDGSTS") == [], (case.constants, code)
-
-
 def test_machine_code_of_common_tiles() -> None:
-    assert_machine_code([machine_case(90, 64), machine_case(90, 64, trees=True), machine_case(80, 128)])
+    assert_attention_code([machine_case(90, 64), machine_case(90, 64, trees=True), machine_case(80, 128)])
 
 
 @pytest.mark.slow
@@ -229,4 +230,4 @@ def test_machine_code_of_every_tile_with_windows_and_trees() -> None:
     cases = [machine_case(card, width) for card, width in ATTENTION_TILES]
     cases += [machine_case(card, width, trees=True) for card, width in ATTENTION_TILES]
     cases += [machine_case(card, 64, window=128, trees=trees, group=8) for card in (90, 80) for trees in (False, True)]
-    assert_machine_code(cases)
+    assert_attention_code(cases)

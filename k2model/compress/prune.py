@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2model.compress.examples import Batch, TrainingData, path_to
+from k2model.compress.examples import Batch, TrainingData
 from k2model.compress.student import Student
+from k2model.compress.train import surprise
 from k2model.config import AttentionConfig, ModelConfig
 from k2model.formats.finished import finished_folder
 from schemas.errors import SpecError
@@ -156,8 +157,7 @@ def _loss(student: Student, batch: Batch) -> Tensor:
         chosen = [own if e.truth is None else e.truth for own, e in zip(best, batch.examples, strict=True)]
         loss: Tensor = -logprobs.gather(1, torch.tensor(chosen, device=logprobs.device)[:, None]).sum()
         return loss
-    found = student.fork_logits(batch, [path_to(batch.tree, e.truth) for e in batch.examples if e.truth is not None])
-    return -torch.log_softmax(found.logits, dim=-1).gather(1, found.truths[:, None]).sum()
+    return surprise(student, batch)
 
 
 def taylor(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], config: ModelConfig) -> Importance:

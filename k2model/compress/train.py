@@ -92,13 +92,17 @@ class LabelLoss:
     def __call__(self, student: Student, batch: Batch) -> Tensor:
         """Return the mean over the labelled examples; the forks on the right answer's way alone are computed."""
         labelled = tuple(example for example in batch.examples if example.truth is not None)
-        tree = batch.tree
-        if not labelled or not tree.parents:
+        if not labelled or not batch.tree.parents:
             raise SpecError("a batch has no labelled example, or a task has one label", remedy="give a truth column")
-        forks = [path_to(tree, example.truth) for example in labelled if example.truth is not None]
-        found = student.fork_logits(Batch(labelled), forks)
-        logprobs = torch.log_softmax(found.logits, dim=-1).gather(1, found.truths[:, None])
-        return -logprobs.sum() / len(labelled)
+        return surprise(student, Batch(labelled)) / len(labelled)
+
+
+def surprise(student: Student, batch: Batch) -> Tensor:
+    """Return -ln P(right answer) summed over examples that all have one; the forks on their ways alone are computed."""
+    tree = batch.tree
+    forks = [path_to(tree, example.truth) for example in batch.examples if example.truth is not None]
+    found = student.fork_logits(batch, forks)
+    return -torch.log_softmax(found.logits, dim=-1).gather(1, found.truths[:, None]).sum()
 
 
 def tune(source: str, target: Path, data: TrainingData, options: TrainingOptions, progress: Progress) -> dict[str, Any]:

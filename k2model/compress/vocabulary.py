@@ -14,6 +14,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -276,12 +277,10 @@ def _write_weights(folder: Path, config: ModelConfig, weights: Weights, ids: Ten
 
 def _lengths(data: TrainingData, before: Tokenizer, after: Tokenizer) -> dict[str, float]:
     """Return the mean tokens of prompts behind their instructions; of those that validate, where there are any."""
-    examples = [e for batch in data.validation() for e in batch.examples] or [
-        e for batch in data.epoch(0) for e in batch.examples
-    ]
+    examples = (e for batch in data.validation() or data.epoch(0) for e in batch.examples)
     texts = [
         before.markup.decode(list(e.prompt_ids[e.num_prefix_tokens :]), skip_special_tokens=False)
-        for e in examples[:_COMPARED]
+        for e in islice(examples, _COMPARED)
     ]
     return {
         name: round(sum(len(tokenizer.encode_markup(text)) for text in texts) / max(len(texts), 1), 2)

@@ -39,8 +39,7 @@ class StackedExperts(MixtureOfExperts):
         from kernels.experts import int8_experts
 
         assert isinstance(x, Tensor)
-        expert_ids, expert_weights = self.router.choose(self.router.logits(x))
-        counts = (expert_ids < len(self.gate_up.weight)).sum(dim=1, dtype=torch.int32)
+        expert_ids, expert_weights, counts = self.router.route(self.router.logits(x))
         quantized = Quantized(*ops.quantize_rows(x))
         shared = None
         if self.shared is not None:

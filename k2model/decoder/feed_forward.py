@@ -65,6 +65,11 @@ class Router:
         (softmax) and 42 % (sigmoid, groups), 48 and 51 % where what is left is scaled up to the whole weight. No
         trained one was measured.
         """
+        expert_ids, expert_weights, _ = self.route(logits)
+        return expert_ids, expert_weights
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `choose` does, and how many experts of each token are kept [T] int32."""
         config = self.config
         expert_ids, expert_weights, counts = ops.route(
             logits,
@@ -79,7 +84,7 @@ class Router:
         )
         if self.dropped is not None:
             self.dropped.add_(expert_ids.numel() - counts.sum())
-        return expert_ids, expert_weights
+        return expert_ids, expert_weights, counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,9 +107,8 @@ class LatentAttention:
         """Return queries [B, H, nope + rope] in the space of the latents [B, H, R + rope]."""
         nope = self.config.qk_nope_head_dim
         by_head = q.transpose(0, 1)
-        return torch.cat([ops.row_matmul(by_head[..., :nope], self.absorbed_k), by_head[..., nope:]], -1).transpose(
-            0, 1
-        )
+        latent_q = torch.cat([ops.row_matmul(by_head[..., :nope], self.absorbed_k), by_head[..., nope:]], dim=-1)
+        return latent_q.transpose(0, 1)
 
     def _values(self, latents: Tensor) -> Tensor:
         """Return the values [B, H * v] of weighted latents [B, H, R]."""

@@ -35,7 +35,6 @@ class PagePool:
     ) -> None:
         self.page = page
         self.device = device
-        self.dtype = dtype
         self.layers = [torch.zeros(0, kv_heads, page, width, dtype=dtype, device=device) for _ in range(num_layers)]
         """Per layer [pages, G, page, width]: keys and values side by side, or the latent and the rotated key."""
         self._num_pages = 0
@@ -189,6 +188,7 @@ class PagedStep(Step):
         self._starts = self._int32([span.start for span in spans])
         self._ends = self._int32([span.end for span in spans])
         self._max_seqlen = max(sizes, default=0)
+        self._found_trees: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._lens = (filled + 1).to(torch.int32).to(pool.device)
         self._copy_pages()
 
@@ -285,10 +285,6 @@ class PagedStep(Step):
                 into[: tree.shape[0], : tree.shape[1]] = tree
             self._found_trees[window] = self._int32([trees[key] for key in keys]), visible.to(self.pool.device)
         return self._found_trees[window]
-
-    @functools.cached_property
-    def _found_trees(self) -> dict[int | None, tuple[Tensor, Tensor]]:
-        return {}
 
     def _int32(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.pool.device)

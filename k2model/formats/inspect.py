@@ -160,8 +160,8 @@ def kv_bytes_per_token(config: ModelConfig) -> int:
 def as_text(found: Inspection) -> str:
     """Return the inspection for people: one fact a line."""
     experts = f"{found.n_routed_experts}, {found.num_experts_per_tok} per token" if found.n_routed_experts else "none"
-    total, active = (_short(n).replace("G", "B") for n in (found.total_parameters, found.active_parameters))
-    flops, more = _short(found.flops_per_token), _short(found.attention_flops_per_context_token)
+    total, active = (short(n).replace("G", "B") for n in (found.total_parameters, found.active_parameters))
+    flops, more = short(found.flops_per_token), short(found.attention_flops_per_context_token)
     lines = [
         ("checkpoint", found.name),
         ("family", found.family),
@@ -171,25 +171,25 @@ def as_text(found: Inspection) -> str:
         ("vocabulary", f"{found.vocab_size:,}; tokenizer: {found.tokenizer or 'none'}"),
         ("context", f"{found.max_position_embeddings:,} tokens"),
         ("formats", ", ".join(f"{kind}: {count:,}" for kind, count in found.formats.items()) or "not seen"),
-        ("to fetch", f"{_short(found.download_bytes)}B"),
-        ("KV cache", f"{_short(found.kv_bytes_per_token)}B per token in bf16"),
+        ("to fetch", f"{short(found.download_bytes)}B"),
+        ("KV cache", f"{short(found.kv_bytes_per_token)}B per token in bf16"),
         ("arithmetic", f"{flops}FLOP per token, and {more}FLOP more for each token it looks back at"),
     ]
     for key, size in found.memory_bytes.items():
         held = ", ".join(found.machines[key][:3]) or "none of the machines known here"
-        lines.append((PRECISIONS[key], f"{_short(size)}B; fits {held}"))
+        lines.append((PRECISIONS[key], f"{short(size)}B; fits {held}"))
     lines += [("problem", problem) for problem in found.problems] or [("opens", "yes")]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def _short(value: float) -> str:
-    """Return a number to four digits with its decimal prefix."""
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000 or prefix == "G":
+def short(value: float, digits: int = 4, largest: str = "G") -> str:
+    """Return a number to `digits` digits, 3 or 4, with its decimal prefix up to `largest`, such as `1.234 M`."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if value < 1000 - 0.5 * 10 ** (3 - digits) or prefix == largest:
             break
         value /= 1000
-    return f"{value:,.4g} {prefix}"
+    return f"{value:,.{digits}g} {prefix}"
 
 
 @dataclass(frozen=True, slots=True)
