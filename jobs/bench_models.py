@@ -28,7 +28,7 @@ from k2model.formats.compressed_tensors import pack_int4, quantization_config
 from k2model.formats.export import ShardWriter
 from k2model.formats.weights import TensorInfo
 from k2model.parameters import Parameter, parameters
-from kernels import cpu, reference
+from kernels import cpu, reference, rowwise
 
 KIMI_K2_LAYER = {
     "model_type": "kimi_k2", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
@@ -93,7 +93,7 @@ def _time_step(config: ModelConfig, read: Layer, tokens: int, rounds: int, rates
     hidden = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens))
     step = Step([Span((0,) * tokens)])
     rope = cos_sin(config.rope, inverse_frequencies(config.rope), step.positions)
-    normed = cpu.rms_norm(hidden, read.input_layernorm, read.eps)
+    normed = rowwise.rms_norm(hidden, read.input_layernorm, read.eps)
     whole_s = _median(lambda: read.forward(hidden, rope, step, None, torch.float32), rounds)
     experts_s = _median(lambda: moe.forward(normed), rounds)
     used = len(moe.router.choose(moe.router.logits(normed))[0].unique())
@@ -131,7 +131,7 @@ def _precision(config: ModelConfig) -> dict[str, Any]:
     exact = reference.int4_linear(x, int4, scale)
     packed, scales = cpu.int4_pack(int4, scale)
     int8, int8_scale = quantize_weight(int4.float() * scale.repeat_interleave(32, 1))
-    x_int8, x_scale = cpu.quantize_rows(x)
+    x_int8, x_scale = rowwise.quantize_rows(x)
     answers = {
         "int4_kept": (cpu.int4_linear(x, packed, scales, 32), packed.nbytes + scales.nbytes),
         "int8": (cpu.int8_linear(x_int8, x_scale, int8, int8_scale.squeeze(1)), int8.nbytes + int8_scale.nbytes),

@@ -179,9 +179,7 @@ class Batches:
         for question in self._questions:
             prompts = self._prompts(question.task)
             for start in range(0, len(question.watched), self._batch_rows):
-                rows = question.watched[start : start + self._batch_rows]
-                label = start // self._batch_rows % len(question.task.labels)
-                found.append(_batch(prompts, question.task, rows, label))
+                found.append(_batch(prompts, question.task, question.watched[start : start + self._batch_rows]))
         return found
 
     def _batch(self, question: Question, place: int) -> Batch:
@@ -192,8 +190,10 @@ class Batches:
             question.rows[self._order(question, at // total)[at % total]]
             for at in range(place * size, (place + 1) * size)
         ]
+        if question.task.kind == "choose_many":
+            return _batch(self._prompts(question.task), question.task, rows, question.data.label_sample, draw)
         task, rows = _sampled(question, rows, draw)
-        return _batch(self._prompts(task), task, rows, draw.randrange(len(task.labels)))
+        return _batch(self._prompts(task), task, rows)
 
     def _order(self, question: Question, time: int) -> list[int]:
         """Return the order in which the rows are had for the `time`-th time; the last one is kept."""
@@ -238,16 +238,22 @@ def _sampled(question: Question, rows: Sequence[Row], draw: random.Random) -> tu
     return task, [replace(row, truth=truth) for row, truth in zip(rows, truths, strict=True)]
 
 
-def _batch(prompts: Prompts, task: Task, rows: Sequence[Row], label: int) -> Batch:
-    """Return `rows` as examples: which label, or, for `choose_many`, whether `label`, yes or no."""
+def _batch(
+    prompts: Prompts, task: Task, rows: Sequence[Row], most: int = 0, draw: random.Random | None = None
+) -> Batch:
+    """Return `rows` as examples: which label, or, for `choose_many`, whether or not each of all labels or of `most`."""
+    is_many, count = task.kind == "choose_many", len(task.labels)
     examples = []
     for row, asked in zip(rows, prompts.requests_of([row.text for row in rows]), strict=True):
         assert not isinstance(asked, RowError)  # its prompt fits with all labels listed
         (request,) = asked
-        candidates, truth = request.candidates, None
-        if task.kind == "choose_many":
-            candidates = candidates[2 * label : 2 * label + 2]
-        if row.truth is not None:
-            truth = row.truth[0] if task.kind == "choose" else int(label not in row.truth)
-        examples.append(Example(request.prompt_ids, request.num_prefix_tokens, candidates, truth))
+        truths = row.truth
+        if truths is not None and is_many:
+            others = [label for label in range(count) if label not in truths]
+            if most and draw is not None:
+                others = draw.sample(others, min(len(others), max(0, most - len(truths))))
+            truths = tuple(2 * label + (label not in truths) for label in sorted([*truths, *others]))
+        examples.append(
+            Example(request.prompt_ids, request.num_prefix_tokens, request.candidates, truths, count if is_many else 1)
+        )
     return Batch(tuple(examples))

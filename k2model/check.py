@@ -28,7 +28,7 @@ from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_chec
 from k2model.formats.compressed_tensors import unpack_int4
 from k2model.formats.weights import in_memory
 from k2model.tokenizer import Tokenizer
-from kernels import cpu
+from kernels import cpu, rowwise
 from schemas.errors import CheckpointError
 
 TOLERANCE = 2e-4
@@ -158,7 +158,7 @@ def _check_tokenizer(tokenizer: Tokenizer, reference: dict[str, Any]) -> Iterato
 
 
 def _check_units(units: dict[str, Tensor]) -> Iterator[Comparison]:
-    x_int8, x_scale = cpu.quantize_rows(units["x"])
+    x_int8, x_scale = rowwise.quantize_rows(units["x"])
     yield _count("int8 activations", x_int8, units["a8_127_xq"])
     ones = torch.ones(len(units["w8_q"]))
     sums = cpu.int8_linear(x_int8, torch.ones(len(x_int8)), units["w8_q"], ones)

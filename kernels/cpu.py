@@ -1,4 +1,6 @@
-"""The CPU kernels: every result row depends on its own input row alone, to the bit, whatever rows stand beside it.
+"""The CPU's products and attention: a result row depends on its own input row alone, to the bit, whatever is beside it.
+
+What is done to rows between products is in kernels/rowwise.py.
 
 Legend: T tokens, K in features, N out features, D head size, B sequences, H heads, G key-value heads, L queries,
 S keys, V vocabulary, C tokens asked for, E experts, A experts per token.
@@ -10,6 +12,8 @@ import time
 
 import torch
 from torch import Tensor
+
+from kernels import rowwise
 
 MAX_IN_FEATURES = (2**31 - 1) // 127**2
 """The widest int8 dot product that cannot overflow int32: 133,152 columns of ±127."""
@@ -27,10 +31,6 @@ _ROW_BLOCK = 16
 """Rows of a float32 product. BLAS takes other paths for other row counts: of 4,581 rows, 18 differed on one thread and
 54 on two between a product of all and of some; in blocks of 16, none."""
 
-_ROWS_IN_CACHE = 128
-"""Rows on which a chain of elementwise steps is done before the next ones: 891 rows of SmolLM2's gate and quantization
-take 7.1 ms so, 13.6 at once, and the scales of a product 2.1 ms, 3.9 at once (one core)."""
-
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
@@ -38,18 +38,6 @@ INT4_GROUP_SIZES = (32, 64, 128, 256)
 
 class ShapeError(ValueError):
     """Tensors that do not fit together: a programmer's error, never a row's fate."""
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `x` [T, K] float32 as int8 in [-127, 127] and its row scales [T] float32.
-
-    Source: LLM.int8(), arXiv 2208.07339, vector-wise scaling; absmax / 127, round to nearest even, as vLLM does.
-    """
-    x_scale = x.abs().amax(dim=1, keepdim=True).mul_(1 / 127)
-    # A zero row quantizes to zeros under any scale; 1 keeps 0/0 out.
-    x_scale.masked_fill_(x_scale == 0, 1.0)
-    # A subnormal absmax loses digits in its scale, so the quotient can pass 127.
-    return torch.div(x, x_scale).round_().clamp_(-127, 127).to(torch.int8), x_scale.squeeze(1)
 
 
 @functools.cache
@@ -127,13 +115,7 @@ def int8_linear(
     """
     if x_int8.shape[1] != weight.shape[1] or weight.shape[1] > MAX_IN_FEATURES:
         raise ShapeError(f"int8_linear: {tuple(x_int8.shape)=}, {tuple(weight.shape)=}, K at most {MAX_IN_FEATURES}")
-    products = int8_matmul(x_int8, weight)
-    y = products if products.dtype == torch.float32 else products.new_empty(products.shape, dtype=torch.float32)
-    for rows, scale, out in zip(*(t.split(_ROWS_IN_CACHE) for t in (products, x_scale[:, None], y)), strict=True):
-        torch.mul(rows, scale, out=out).mul_(weight_scale)
-        if bias is not None:
-            out.add_(bias)
-    return y.to(out_dtype)
+    return rowwise.scaled(int8_matmul(x_int8, weight), x_scale, weight_scale, bias).to(out_dtype)
 
 
 @functools.cache
@@ -163,12 +145,6 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX) if dtype == torch.float16 else x).to(dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x²) + eps) * weight over the last axis [T, D] float32. Source: arXiv 1910.07467."""
-    mean_square = x.square().mean(dim=-1, keepdim=True)
-    return (x * mean_square.add_(eps).rsqrt_()).mul_(weight)
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [T, H, D] rotated by position, half-split layout; cos, sin [T, D / 2]. Source: arXiv 2104.09864."""
     first, second = x.chunk(2, dim=-1)
@@ -190,56 +166,11 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up of gate_up [T, 2 N], as [T, N]. Source: arXiv 2002.05202."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return sigmoid(gate).mul_(gate).mul_(up)
-
-
-def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Return (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit` and up within ± `limit`, as [T, N].
-
-    Args:
-        gate_up: [T, 2 N].
-        alpha: gain inside the sigmoid.
-        limit: of both halves.
-
-    Source: openai/gpt-oss, `swiglu` of torch/model.py.
-    """
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=limit)
-    return sigmoid(gate * alpha).mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
-
-
-def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rms_norm(x + residual), quantized: int8 [T, D], its scales [T]; and x + residual, or nothing without one.
-
-    Args:
-        x: [T, D] float32.
-        residual: [T, D] float32.
-        weight: [D] float32.
-        eps: added to the mean square.
-    """
-    total = x if residual is None else x + residual
-    x_int8, x_scale = quantize_rows(rms_norm(total, weight, eps))
-    return x_int8, x_scale, x.new_empty(0) if residual is None else total
-
-
-def swiglu_quantize(gate_up: Tensor, alpha: float | None = None, limit: float | None = None) -> tuple[Tensor, Tensor]:
-    """Return swiglu(gate_up [T, 2 F]), or with `alpha` and `limit` the clamped one, as int8 [T, F] and scales [T]."""
-    blocks = []
-    for rows in gate_up.split(_ROWS_IN_CACHE):
-        gated = swiglu(rows) if alpha is None or limit is None else clamped_swiglu(rows, alpha, limit)
-        blocks.append(quantize_rows(gated))
-    x_int8, x_scale = zip(*blocks, strict=True)
-    return torch.cat(x_int8), torch.cat(x_scale)
-
-
 def row_matmul(x: Tensor, weight: Tensor, block: int = _ROW_BLOCK) -> Tensor:
     """Return x @ weight of x [*, T, K] and weight [*, K, N] float32, so that a row's bits are its own."""
-    rows = x.shape[-2]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % block))
-    return torch.cat([torch.matmul(part, weight) for part in padded.split(block, dim=-2)], dim=-2)[..., :rows, :]
+    count = x.shape[-2]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -count % block))
+    return torch.cat([torch.matmul(part, weight) for part in padded.split(block, dim=-2)], dim=-2)[..., :count, :]
 
 
 def int4_pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:

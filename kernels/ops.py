@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from kernels import cpu, cpu_routing
+from kernels import cpu, cpu_routing, rowwise
 
 _OPERATORS = library.Library("k2batch", "DEF")
 
@@ -227,19 +227,19 @@ def _define(schema: str, on_cpu: Callable[..., Any], on_card: Callable[..., Any]
 
 _define(
     "quantize_rows(Tensor x) -> (Tensor, Tensor)",
-    cpu.quantize_rows,
+    rowwise.quantize_rows,
     _on_card("quantize", "quantize_rows"),
     _fake_rows,
 )
 _define(
     "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    cpu.rms_norm_quantize,
+    rowwise.rms_norm_quantize,
     _rms_norm_quantize_on_card,
     _fake_rms_norm,
 )
 _define(
     "swiglu_quantize(Tensor gate_up, float? alpha, float? limit) -> (Tensor, Tensor)",
-    cpu.swiglu_quantize,
+    rowwise.swiglu_quantize,
     _on_card("quantize", "swiglu_quantize"),
     _fake_swiglu,
 )
@@ -265,7 +265,7 @@ _define(
 )
 _define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    cpu.rms_norm,
+    rowwise.rms_norm,
     _on_card("norm", "rms_norm"),
     lambda x, weight, eps: torch.empty_like(x),
 )

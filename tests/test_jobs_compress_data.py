@@ -75,8 +75,9 @@ def body(example: Example) -> str:
 
 def answer(example: Example) -> str:
     """Return the words of the right answer."""
-    assert example.truth is not None
-    return TOKENIZER.decode(example.candidates[example.truth].token_ids)
+    assert example.truths is not None
+    (truth,) = example.truths
+    return TOKENIZER.decode(example.candidates[truth].token_ids)
 
 
 def listed(batch: Batch) -> list[str]:
@@ -93,7 +94,7 @@ def test_prompts_are_those_of_a_run_and_truths_are_theirs(tmp_path: Path) -> Non
         for example in batch.examples:
             (request,) = prompts.requests(body(example))
             assert (example.prompt_ids, example.candidates) == (request.prompt_ids, request.candidates)
-            assert (example.truth,) == truth_of[body(example)]
+            assert example.truths == truth_of[body(example)]
             assert body(example).endswith(f"about {answer(example)}")
 
 
@@ -135,17 +136,22 @@ def test_a_sample_of_labels_holds_the_truths_in_an_order_of_its_own(tmp_path: Pa
     assert all(tuple(listed(batch)) == LABELS for batch in batches(asked).validation())
 
 
-def test_choose_many_asks_one_label_a_batch_yes_or_no(tmp_path: Path) -> None:
-    asked = question(tmp_path, TOPICS, truth="labels")
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_choose_many_asks_about_every_right_label_and_some_others_yes_or_no(most: int, tmp_path: Path) -> None:
+    asked = question(tmp_path, TOPICS, truth="labels", label_sample=most)
     truth_of = {row.text: row.truth for row in asked.rows}
     seen = set()
     for batch in (*batches(asked).epoch(0), *batches(asked).epoch(1)):
         for example in batch.examples:
-            label, _, said = answer(example).partition(": ")
-            seen.add((label, said))
-            assert (said == "yes") == (LABELS.index(label) in (truth_of[body(example)] or ()))
-            assert len(example.candidates) == 2
-    assert len(seen) == 12
+            assert (len(example.candidates), example.num_questions) == (12, 6)
+            wanted = {LABELS[place] for place in truth_of[body(example)] or ()}
+            said = [TOKENIZER.decode(example.candidates[truth].token_ids) for truth in example.truths or ()]
+            assert {line.partition(": ")[0] for line in said if line.endswith(": yes")} == wanted
+            assert len(said) == len(set(said)) == max(most or 6, len(wanted))
+            seen |= set(said)
+    assert len(seen) == 12 or most == 1
+    (whole, *_) = batches(asked).validation()
+    assert all(len(example.truths or ()) == 6 for example in whole.examples)
 
 
 def test_rows_without_a_label_are_for_distilling_alone(tmp_path: Path) -> None:
@@ -153,8 +159,8 @@ def test_rows_without_a_label_are_for_distilling_alone(tmp_path: Path) -> None:
     some = table().set_column(2, "label", pa.array(labels))
     asked = question(tmp_path, rows=some)
     every, labelled = (list(batches(asked, is_labelled=flag).epoch(0)) for flag in (False, True))
-    assert any(example.truth is None for batch in every for example in batch.examples)
-    assert all(example.truth is not None for batch in labelled for example in batch.examples)
+    assert any(example.truths is None for batch in every for example in batch.examples)
+    assert all(example.truths is not None for batch in labelled for example in batch.examples)
     assert all(row.truth is not None for row in asked.held_back)
     unlabelled = question(tmp_path, truth="")
     assert (len(unlabelled.rows), unlabelled.watched, unlabelled.held_back) == (60, (), ())

@@ -19,7 +19,7 @@ from k2model.decoder.precision import PRECISIONS
 from k2model.formats.weights import in_memory
 from k2model.parameters import layer_parameters, parameters
 from k2model.tokenizer import Tokenizer
-from kernels import cpu
+from kernels import rowwise
 from tests.checkpoints import FAMILIES, config_json, random_tensors, write_tokenizer
 from tests.forward import packed_hidden, packed_logits
 
@@ -127,7 +127,7 @@ def test_calibration_passes_on_what_the_decoder_computes(family: str) -> None:
     calibration = calibration_of(raw, tensors)
     for index in range(LAYERS):
         assert set(calibration.run(index)) == set(linears(raw, index))
-    hidden = cpu.rms_norm(calibration.hidden, tensors["model.norm.weight"], raw["rms_norm_eps"])
+    hidden = rowwise.rms_norm(calibration.hidden, tensors["model.norm.weight"], raw["rms_norm_eps"])
     torch.testing.assert_close(hidden, packed_hidden(decoder_of(raw, tensors), IDS), rtol=0, atol=2e-5)
 
 

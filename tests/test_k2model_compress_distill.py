@@ -56,7 +56,7 @@ def test_a_large_tree_is_compared_on_the_way_to_one_answer(
 ) -> None:
     one, other = Student.open(str(teacher)), Student.open(str(pupil))
     asked = Batch(
-        tuple(Example((*range(n), 9), 0, LABELS, None if n % 2 else n % len(LABELS)) for n in range(3, 40, 3))
+        tuple(Example((*range(n), 9), 0, LABELS, None if n % 2 else (n % len(LABELS),)) for n in range(3, 40, 3))
     )
     whole = [len(f.branches.token_ids) for f in DistillationLoss(one, other, ANSWERS)._forks(asked)]
     monkeypatch.setattr(distilling, "_WHOLE_TREE_TOKENS", 4)
@@ -65,9 +65,9 @@ def test_a_large_tree_is_compared_on_the_way_to_one_answer(
     assert set(whole) == {9}
     likeliest = one(asked).argmax(dim=1).tolist()
     for example, best, fork in zip(asked.examples, likeliest, forks, strict=True):
-        answer = LABELS[best if example.truth is None else example.truth].token_ids
+        answer = LABELS[best if example.truths is None else example.truths[0]].token_ids
         assert fork.branches.token_ids == answer[: len(fork.branches.token_ids)]
-        assert (set(fork.truths) == {-1}) == (example.truth is None)
+        assert (set(fork.truths) == {-1}) == (example.truths is None)
 
 
 @torch.no_grad()

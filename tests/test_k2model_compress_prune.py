@@ -34,7 +34,10 @@ class Rows:
         for _ in range(12):
             bodies = [tuple(draw.randrange(256) for _ in range(draw.randint(1, 30))) for _ in range(4)]
             answers = [draw.randrange(3) if truths else None for _ in bodies]
-            examples = [Example(prefix + b, len(prefix), CANDIDATES, a) for b, a in zip(bodies, answers, strict=True)]
+            examples = [
+                Example(prefix + b, len(prefix), CANDIDATES, None if a is None else (a,))
+                for b, a in zip(bodies, answers, strict=True)
+            ]
             self.batches.append(Batch(tuple(examples)))
 
     def epoch(self, number: int) -> Iterator[Batch]:
@@ -126,7 +129,7 @@ def test_importance_is_the_derivative_by_a_parts_own_scale(tmp_path: Path) -> No
             weight = student.get_parameter(name)
             weight.data *= scale
         batch = rows.batches[0]
-        truths = [example.truth for example in batch.examples]
+        truths = [(example.truths or ())[0] for example in batch.examples]
         with torch.inference_mode():
             return -float(student(batch)[torch.arange(4), truths].sum())
 

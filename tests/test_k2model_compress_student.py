@@ -10,7 +10,8 @@ from torch import Tensor
 
 from k2model.compress.examples import Batch, Example, Forks, path_to, whole_tree
 from k2model.compress.student import Student
-from k2model.compress.student_layers import Product, bfloat16_product, float32_product, int8_product
+from k2model.compress.student_layers import Packed, Product, bfloat16_product, float32_product, int8_product
+from k2model.config import AttentionConfig
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
 from k2model.engine.candidates import candidate_tree
@@ -70,12 +71,12 @@ def test_the_way_to_one_answer_is_as_likely_as_that_answer_of_the_whole_tree(
     student = Student.open(str(write_checkpoint(tmp_path / "source")))
     rng = random.Random(3)
     prompts = [tuple(rng.randrange(256) for _ in range(rng.randint(5, 60))) for _ in labels]
-    asked = Batch(tuple(Example(ids, 0, labels, truth) for truth, ids in enumerate(prompts)))
+    asked = Batch(tuple(Example(ids, 0, labels, (truth,)) for truth, ids in enumerate(prompts)))
     whole = student(asked)
     if len(labels) == 1:
         assert whole.tolist() == [[0.0]]
         return
-    forks = [path_to(asked.tree, truth) for truth in range(len(labels))]
+    forks = [path_to(asked.tree, (truth,)) for truth in range(len(labels))]
     found = student.fork_logits(asked, forks)
     logprobs = torch.log_softmax(found.logits, dim=-1).gather(1, found.truths[:, None]).squeeze(1)
     sums = torch.zeros(len(labels), dtype=torch.float64).index_add(0, found.rows, logprobs)
@@ -86,11 +87,11 @@ def test_the_way_to_one_answer_is_as_likely_as_that_answer_of_the_whole_tree(
 
 def test_forks_of_a_path_name_the_tokens_on_it() -> None:
     tree = candidate_tree(CANDIDATES)
-    path = path_to(tree, 1)
+    path = path_to(tree, (1,))
     assert (path.branches.token_ids, path.parents) == ((10, 11), (0, 1))
     followed = [path.targets[fork][slot] for fork, slot in enumerate(path.truths)]
     assert followed == [11, 13]  # the first token is given
-    whole = whole_tree(tree, 1)
+    whole = whole_tree(tree, (1,))
     assert [whole.targets[fork][slot] for fork, slot in enumerate(whole.truths) if slot >= 0] == followed
 
 
@@ -116,7 +117,7 @@ def test_gradients_are_those_of_differences(tmp_path: Path) -> None:
     """Every kind of parameter: a step along the gradient changes the answer as the gradient says."""
     student = Student.open(str(write_checkpoint(tmp_path / "source", family="qwen3", attention_bias=True)))
     asked = batch(4)
-    forks = [path_to(asked.tree, example.truth or 0) for example in asked.examples]
+    forks = [path_to(asked.tree, example.truths or (0,)) for example in asked.examples]
 
     def loss() -> Tensor:
         found = student.fork_logits(asked, forks)
@@ -171,7 +172,7 @@ def test_a_saved_student_opens_here_and_in_transformers(family: str, tmp_path: P
     prompt = asked.examples[0].prompt_ids
     with torch.no_grad():
         logits = theirs(torch.tensor([prompt]), use_cache=False).logits[0, -1, [10, 20]]
-    alone = Batch((Example(prompt, 0, (Candidate((10,), 1), Candidate((20,), 1)), 0),))
+    alone = Batch((Example(prompt, 0, (Candidate((10,), 1), Candidate((20,), 1)), (0,)),))
     assert (torch.log_softmax(logits, dim=0) - student(alone)[0]).abs().max() < 1e-4
 
 
@@ -196,11 +197,11 @@ def test_experts_and_latents_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_batch_of_what_does_not_belong_together_is_refused() -> None:
-    one = Example((1, 2, 3), 2, CANDIDATES, 0)
+    one = Example((1, 2, 3), 2, CANDIDATES, (0,))
     for other, message in (
-        (Example((1, 4, 3), 2, CANDIDATES, 0), "begin with the same"),
-        (Example((1, 2), 2, CANDIDATES, 0), "must leave a token"),
-        (Example((1, 2, 3), 2, CANDIDATES[:2], 0), "the same candidates"),
+        (Example((1, 4, 3), 2, CANDIDATES, (0,)), "begin with the same"),
+        (Example((1, 2), 2, CANDIDATES, (0,)), "must leave a token"),
+        (Example((1, 2, 3), 2, CANDIDATES[:2], (0,)), "the same candidates"),
     ):
         with pytest.raises(ValueError, match=message):
             Batch((one, other))
@@ -208,5 +209,27 @@ def test_a_batch_of_what_does_not_belong_together_is_refused() -> None:
 
 def test_forks_are_known_by_identity_so_that_they_are_made_once() -> None:
     tree = candidate_tree(CANDIDATES)
-    assert path_to(tree, 1) is path_to(tree, 1)
+    assert path_to(tree, (1,)) is path_to(tree, (1,))
     assert isinstance(whole_tree(tree), Forks)
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 9, 70])
+def test_attention_at_once_is_attention_by_tiles(prefix_tokens: int, tmp_path: Path) -> None:
+    """Only bfloat16 keeps them apart: a result is a mean of values, each rounded a few times."""
+    student = Student.open(str(write_checkpoint(tmp_path / "source")))
+    prefix, rng = tuple(range(prefix_tokens)), random.Random(5)
+    bodies = [tuple(rng.randrange(256) for _ in range(n)) for n in (1, 3, 30, 31, 64, 100)]
+    asked = Batch(tuple(Example((*prefix, *b), prefix_tokens, LABELS, (n,)) for n, b in enumerate(bodies)))
+    packed = Packed(asked, [whole_tree(asked.tree)] * len(bodies), torch.device("cpu"))
+    config = student.config.attention
+    assert isinstance(config, AttentionConfig)
+    torch.manual_seed(0)
+    tokens, width = len(packed.token_ids), config.head_dim
+    q = torch.randn(tokens, config.num_attention_heads, width)
+    kv = torch.randn(tokens, config.num_key_value_heads, 2 * width)
+    for group in packed.groups:
+        exact, found = (each(q, kv, config, None) for each in (group.attend, group.attend_at_once))
+        assert exact.shape == found.shape
+        assert (exact - found).abs().max() < 5 * 2**-8 * kv.abs().max()
+        assert (exact - found).abs().max() > 0  # it is another way
+        assert torch.equal(group.attend_at_once(q, kv, config, 7), group.attend(q, kv, config, 7))

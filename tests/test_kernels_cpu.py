@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import cpu, reference, rowwise
 from kernels.cpu_routing import choose_experts
 from tests.kernel_cases import bias_of
 
@@ -37,7 +37,7 @@ def poisoned_memory() -> None:
 @pytest.mark.parametrize(("t", "k", "n"), SHAPES)
 def test_quantize_rows_is_its_twin(t: int, k: int, n: int) -> None:
     x = rows(t, k)
-    x_int8, x_scale = cpu.quantize_rows(x)
+    x_int8, x_scale = rowwise.quantize_rows(x)
     expected, expected_scale = reference.quantize_rows(x)
     # absmax * (1 / 127) and absmax / 127 may differ by one rounding, so a value at a tie may fall to its other side.
     torch.testing.assert_close(x_scale, expected_scale, rtol=2**-22, atol=1e-44)
@@ -47,7 +47,7 @@ def test_quantize_rows_is_its_twin(t: int, k: int, n: int) -> None:
 
 def test_quantize_rows_keeps_half_a_step() -> None:
     x = rows(64, 576)[8:]
-    x_int8, x_scale = cpu.quantize_rows(x)
+    x_int8, x_scale = rowwise.quantize_rows(x)
     error = (x - x_int8.float() * x_scale[:, None]).abs()
     assert (error <= 0.5001 * x_scale[:, None]).all()
     assert x_int8.abs().amax(dim=1).eq(127).all()
@@ -80,7 +80,7 @@ def test_int8_linear_refuses_what_does_not_fit() -> None:
 @pytest.mark.skipif(not UNITS.exists(), reason="needs the fixtures")
 def test_the_layer_computes_the_published_unit() -> None:
     units = load_file(UNITS)
-    x_int8, x_scale = cpu.quantize_rows(units["x"])
+    x_int8, x_scale = rowwise.quantize_rows(units["x"])
     scale = units["a8_127_xscale"].squeeze(1)
     used = units["x"].abs().amax(dim=1) > 0
     torch.testing.assert_close(x_scale[used], scale[used], rtol=2**-22, atol=0)
@@ -95,7 +95,9 @@ def test_the_layer_computes_the_published_unit() -> None:
 @pytest.mark.parametrize(("t", "d"), [(1, 1), (5, 63), (64, 576)])
 def test_rms_norm_is_its_twin(t: int, d: int) -> None:
     x, weight = rows(t, d, seed=3).clamp(-1e4, 1e4), torch.rand(d) + 0.5
-    torch.testing.assert_close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        rowwise.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_rope_and_swiglu_are_their_twins() -> None:
@@ -104,7 +106,7 @@ def test_rope_and_swiglu_are_their_twins() -> None:
         cpu.apply_rope(x, angles.cos(), angles.sin()), reference.apply_rope(x, angles.cos(), angles.sin())
     )
     gate_up = torch.randn(7, 26) * 30
-    torch.testing.assert_close(cpu.swiglu(gate_up), reference.swiglu(gate_up), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rowwise.swiglu(gate_up), reference.swiglu(gate_up), rtol=1e-5, atol=1e-6)
 
 
 def test_sigmoid_is_its_twin() -> None:
@@ -123,8 +125,8 @@ def test_no_activation_depends_on_its_place_in_the_tensor(n: int, threads: int) 
     torch.set_num_threads(1)
     kernels: list[Callable[[Tensor], Tensor]] = [
         cpu.sigmoid,
-        cpu.swiglu,
-        partial(cpu.clamped_swiglu, alpha=1.702, limit=7.0),
+        rowwise.swiglu,
+        partial(rowwise.swiglu, alpha=1.702, limit=7.0),
     ]
     wholes = [kernel(x) for kernel in kernels]
     try:
@@ -143,12 +145,12 @@ def test_clamped_swiglu_is_its_twin(t: int, n: int, alpha: float, limit: float) 
     gate_up = torch.randn(t, 2 * n) * 10
     gate_up.view(-1)[:2] = torch.tensor([-1e30, limit])
     gate_up[0, n] = 3e38
-    got = cpu.clamped_swiglu(gate_up, alpha, limit)
+    got = rowwise.swiglu(gate_up, alpha, limit)
     torch.testing.assert_close(got, reference.clamped_swiglu(gate_up, alpha, limit), rtol=2e-6, atol=1e-6)
     assert got.abs().max() <= limit * (limit + 1)
     both = torch.full((1, 2), 1e9)  # gate at its upper clamp, up at its upper clamp
     exact = (limit + 1) * limit * torch.sigmoid(torch.tensor(alpha * limit)).item()
-    assert cpu.clamped_swiglu(both, alpha, limit).item() == pytest.approx(exact, rel=1e-6)
+    assert rowwise.swiglu(both, alpha, limit).item() == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -348,13 +350,14 @@ def test_a_row_has_the_same_bits_among_any_others(size: int, threads: int) -> No
     packed = cpu.int4_pack(int4, random(96, 18).sigmoid())
 
     def everything(some: Tensor) -> list[Tensor]:
-        x_int8, x_scale = cpu.quantize_rows(x[some])
+        x_int8, x_scale = rowwise.quantize_rows(x[some])
         logits = cpu.row_matmul(x[some], router.t())
         return [
             x_int8, x_scale, cpu.int8_linear(x_int8, x_scale, weight, torch.full((960,), 0.01)),
-            cpu.rms_norm(x[some], norm, 1e-5), cpu.swiglu(x[some]), cpu.token_logprobs(x[some], head, ids[some]),
+            rowwise.rms_norm(x[some], norm, 1e-5), rowwise.swiglu(x[some]),
+            cpu.token_logprobs(x[some], head, ids[some]),
             cpu.argmax_token(x[some], head), cpu.attention(q[some], k[some], v[some], bias, 0.125),
-            cpu.attention(q[some], k[some], v[some], bias, 0.125, sinks), cpu.clamped_swiglu(x[some], 1.702, 7.0),
+            cpu.attention(q[some], k[some], v[some], bias, 0.125, sinks), rowwise.swiglu(x[some], 1.702, 7.0),
             cpu.attention(latent_q[some], latent[some], latent[some][..., :128], bias[:, :1], 0.1),
             logits, choose_experts(logits, None, 6, 8, 3), cpu.int4_linear(x[some], *packed, 32),
             cpu.row_matmul(by_head[some].transpose(0, 1), absorbed).transpose(0, 1),

@@ -16,7 +16,7 @@ def example(rng: random.Random, *, labelled: bool = True, prefix: Sequence[int] 
     truth = rng.randrange(len(CANDIDATES))
     body = [rng.randrange(60, 64) for _ in range(rng.randint(1, 40))] + [60 + truth] * rng.randint(3, 9)
     rng.shuffle(body)
-    return Example((*prefix, *body, 7), len(prefix), CANDIDATES, truth if labelled else None)
+    return Example((*prefix, *body, 7), len(prefix), CANDIDATES, (truth,) if labelled else None)
 
 
 def batch(count: int, seed: int = 0, *, labelled: bool = True, prefix: Sequence[int] = PREFIX) -> Batch:

@@ -18,7 +18,7 @@ from k2model.formats.checkpoint import calibration_path
 from k2model.formats.weights import Weights
 from k2model.parameters import layer_parameters
 from k2model.tokenizer import Tokenizer
-from kernels import cpu
+from kernels import rowwise
 
 _MAX_TOKENS = 512
 """Of one text."""
@@ -119,7 +119,7 @@ class Calibration:
         # Each expert is read once a block, so there is but one.
         at_once = len(self.hidden) if isinstance(layer.feed_forward, MixtureOfExperts) else _TOKENS_AT_ONCE
         for block in self.hidden.split(at_once):
-            h = cpu.rms_norm(block, layer.post_attention_layernorm, layer.eps)
+            h = rowwise.rms_norm(block, layer.post_attention_layernorm, layer.eps)
             entering.add(h)
             block += layer.feed_forward.forward(h)
         strengths = {name: strength.value() for name, strength in watching.strengths.items()}
@@ -136,7 +136,7 @@ class Calibration:
         """Move the hidden states through the attention of `layer`, which is layer `index`."""
         for tokens, step in self._steps():
             x = self.hidden[tokens]
-            h = cpu.rms_norm(x, layer.input_layernorm, layer.eps)
+            h = rowwise.rms_norm(x, layer.input_layernorm, layer.eps)
             rope = cos_sin(self.config.rope, inverse_frequencies(self.config.rope), step.positions)
             window = self.config.sliding_windows[index]
             self.hidden[tokens] = x + layer.attention.forward(h, rope, step, window, torch.float32)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k2model.compress.examples import Batch, Forks, TrainingData, path_to, whole_tree
+from k2model.compress.examples import Batch, Forks, TrainingData, likeliest, path_to, whole_tree
 from k2model.compress.recipe import open_tokenizer
 from k2model.compress.student import ForkLogits, Student
 from k2model.compress.student_layers import bfloat16_product
@@ -77,7 +77,7 @@ class DistillationLoss:
         at = (found.truths >= 0).nonzero().flatten()
         logprobs = torch.log_softmax(found.logits, dim=-1).index_select(0, at)
         of_labels = of_labels.index_copy(0, at, -logprobs.gather(1, found.truths[at, None]).squeeze(1))
-        is_labelled = torch.tensor([example.truth is not None for example in batch.examples], device=distance.device)
+        is_labelled = torch.tensor([example.truths is not None for example in batch.examples], device=distance.device)
         share = mix.label_share * is_labelled.double().index_select(0, found.rows)
         total: Tensor = ((1 - share) * distance + share * of_labels).sum() / count
         for index, (own, theirs) in enumerate(zip(found.states, taught.states, strict=True)):
@@ -94,13 +94,14 @@ class DistillationLoss:
         if not tree.parents:
             raise SpecError("a task has one label, which teaches nothing", remedy="give it two labels or more")
         if len(tree.branches.token_ids) <= _WHOLE_TREE_TOKENS:
-            return [whole_tree(tree, example.truth) for example in batch.examples]
-        unlabelled = tuple(example for example in batch.examples if example.truth is None)
-        likeliest = iter(self.teacher(Batch(unlabelled)).argmax(dim=1).tolist() if unlabelled else ())
+            return [whole_tree(tree, example.truths) for example in batch.examples]
+        unlabelled = tuple(example for example in batch.examples if example.truths is None)
+        questions = batch.examples[0].num_questions
+        taught = iter(likeliest(self.teacher(Batch(unlabelled)).cpu(), questions) if unlabelled else ())
         forks = []
         for example in batch.examples:
-            asked = path_to(tree, next(likeliest) if example.truth is None else example.truth)
-            forks.append(asked if example.truth is not None else _without_truth(asked))
+            asked = path_to(tree, next(taught) if example.truths is None else example.truths)
+            forks.append(asked if example.truths is not None else _without_truth(asked))
         return forks
 
 

@@ -1,4 +1,4 @@
-"""What a model is trained on: prompts as a run renders them, with the answers they could be given. No torch, no text.
+"""What a model is trained on: prompts as a run renders them, with the answers they could be given.
 
 Legend: P forks, C tokens that may follow one.
 """
@@ -7,6 +7,9 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from k2model.decoder.branches import Branches
 from k2model.engine.candidates import ROOT, CandidateTree, candidate_tree
@@ -21,9 +24,11 @@ class Example:
     num_prefix_tokens: int
     """The first tokens of the prompt, which all examples of a batch share: instructions."""
     candidates: tuple[Candidate, ...]
-    """Every answer that may be given, in a fixed order."""
-    truth: int | None
-    """The index of the right one; None for a ticket without a label."""
+    """Every answer that may be given, in a fixed order, those of one question beside each other."""
+    truths: tuple[int, ...] | None
+    """The index of the right one of each question that is asked, ascending; None for a ticket without labels."""
+    num_questions: int = 1
+    """Questions that the candidates answer, each as many; more than one where every label is asked about by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +97,36 @@ class Forks:
 
 
 @functools.lru_cache(maxsize=4096)
-def whole_tree(tree: CandidateTree, truth: int | None = None) -> Forks:
+def whole_tree(tree: CandidateTree, truths: tuple[int, ...] | None = None) -> Forks:
     """Return every fork of `tree`."""
-    truths = [-1] * len(tree.parents)
+    slots = [-1] * len(tree.parents)
     ways: list[tuple[tuple[int, int], ...]] = [()] * len(tree.parents)
     passed: dict[int, tuple[tuple[int, int], ...]] = {}
     for candidate, fork, slot in sorted(tree.edges):
         ways[fork] = passed.get(candidate, ())
         passed[candidate] = (*ways[fork], (fork, slot))
-        if candidate == truth:
-            truths[fork] = slot
-    return Forks(tree.branches, tree.parents, tree.targets, tuple(truths), tuple(ways))
+        if candidate in (truths or ()):
+            slots[fork] = slot
+    return Forks(tree.branches, tree.parents, tree.targets, tuple(slots), tuple(ways))
 
 
 @functools.lru_cache(maxsize=4096)
-def path_to(tree: CandidateTree, candidate: int) -> Forks:
-    """Return the forks that `candidate` passes: its log-probability is the sum over these, without any other's tokens.
+def path_to(tree: CandidateTree, answers: tuple[int, ...]) -> Forks:
+    """Return the forks that candidates `answers`, one of each of some questions, pass.
 
-    One or two tokens behind the prompt in place of a whole tree, of 77 labels 60 and more.
+    The log-probability of each is the sum over its own, without any other's tokens: one or two tokens behind the prompt
+    in place of a whole tree, of 77 labels 60 and more.
     """
-    passed = sorted((fork, slot) for owner, fork, slot in tree.edges if owner == candidate)
-    ancestors = [
-        sorted(tree.branches.ancestors[tree.parents[fork]]) for fork, _ in passed if tree.parents[fork] != ROOT
-    ]
-    chain = ancestors[-1] if ancestors else []
+    passed = sorted((fork, slot) for owner, fork, slot in tree.edges if owner in answers)
+    ancestors = tree.branches.ancestors
+    parents = {tree.parents[fork] for fork, _ in passed} - {ROOT}
+    needed = sorted(set[int]().union(*(ancestors[parent] for parent in parents)))
+    place = {branch: number for number, branch in enumerate(needed)} | {ROOT: ROOT}
     branches = Branches(
-        token_ids=tuple(tree.branches.token_ids[branch] for branch in chain),
-        depths=tuple(tree.branches.depths[branch] for branch in chain),
-        ancestors=tuple(frozenset(range(end)) for end in range(1, len(chain) + 1)),
+        token_ids=tuple(tree.branches.token_ids[branch] for branch in needed),
+        depths=tuple(tree.branches.depths[branch] for branch in needed),
+        ancestors=tuple(frozenset(place[before] for before in ancestors[branch]) for branch in needed),
     )
-    place = {branch: number for number, branch in enumerate(chain)} | {ROOT: ROOT}
     return Forks(
         branches=branches,
         parents=tuple(place[tree.parents[fork]] for fork, _ in passed),
@@ -129,3 +134,9 @@ def path_to(tree: CandidateTree, candidate: int) -> Forks:
         truths=tuple(slot for _, slot in passed),
         ways=((),) * len(passed),
     )
+
+
+def likeliest(logprobs: Tensor, num_questions: int) -> list[tuple[int, ...]]:
+    """Return for each row of `logprobs` [B, C] the likeliest candidate of every question."""
+    best = logprobs.view(len(logprobs), num_questions, -1).argmax(dim=-1)
+    return [tuple(row) for row in (best + torch.arange(num_questions) * (logprobs.shape[1] // num_questions)).tolist()]

@@ -35,7 +35,7 @@ from k2model.formats.export import ShardWriter
 from k2model.formats.finished import finished_folder
 from k2model.formats.weights import TensorInfo, Weights
 from k2model.parameters import Parameter, parameters
-from kernels import cpu
+from kernels import rowwise
 from schemas.errors import SpecError
 
 _HELD_BACK = 5
@@ -198,7 +198,7 @@ def _cut_layer(
     reader = LinearReader(weights, torch.float32, expand=True)
     layer = read_layer(config, index, reader, reader)
     calibration.attend(index, layer)
-    x = cpu.rms_norm(calibration.hidden, layer.post_attention_layernorm, layer.eps)
+    x = rowwise.rms_norm(calibration.hidden, layer.post_attention_layernorm, layer.eps)
     shapes = {"gate": (f, d), "up": (f, d), "down": (d, f)}
     dense = Dense(
         **{part: weights.float_weight(f"{name}.{part}_proj", *shape).float() for part, shape in shapes.items()}

@@ -9,7 +9,7 @@ Legend: L layers, G key-value heads, F neurons, D hidden_size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2model.compress.examples import Batch, TrainingData
+from k2model.compress.examples import Batch, TrainingData, likeliest
 from k2model.compress.student import Student
 from k2model.compress.train import surprise
 from k2model.config import AttentionConfig, ModelConfig
@@ -151,12 +151,10 @@ def _batches(data: TrainingData) -> Iterator[Batch]:
 
 def _loss(student: Student, batch: Batch) -> Tensor:
     """Return the summed cross-entropy of the true answers; of rows without one, of the likeliest."""
-    if any(example.truth is None for example in batch.examples):
-        logprobs = student(batch)
-        best = logprobs.detach().argmax(dim=1).tolist()
-        chosen = [own if e.truth is None else e.truth for own, e in zip(best, batch.examples, strict=True)]
-        loss: Tensor = -logprobs.gather(1, torch.tensor(chosen, device=logprobs.device)[:, None]).sum()
-        return loss
+    if any(example.truths is None for example in batch.examples):
+        with torch.no_grad():
+            own = likeliest(student(batch).cpu(), batch.examples[0].num_questions)
+        batch = Batch(tuple(replace(e, truths=e.truths or best) for e, best in zip(batch.examples, own, strict=True)))
     return surprise(student, batch)
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 from k2model.compress.examples import Batch, Forks
 from k2model.compress.quantize import quantize_weight
 from k2model.config import AttentionConfig, ModelConfig
-from k2model.decoder.step import KeyValues, PrefillGroup, Span, Step
-from kernels import cpu, ops
+from k2model.decoder.step import TILE, KeyValues, PrefillGroup, Span, Step
+from kernels import cpu, ops, rowwise
 
 Product = Callable[[Tensor, Sequence[nn.Linear]], Tensor]
 """Returns x [T, K] times each of several linears that share it, outputs side by side [T, sum of N] float32."""
@@ -77,13 +77,41 @@ class _Bfloat16(torch.autograd.Function):
         return grads[0]
 
 
+def _is_the_engines(x: Tensor) -> bool:
+    """Return whether `x` is what kernels/rowwise.py computes: elsewhere torch's own operations come near enough."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm as the engine computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        if _is_the_engines(x):
+            return rowwise.rms_norm(x, weight, eps)
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        share = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + ctx.eps)
+        normed, grad = x * share, grads[0] * weight
+        of_weight = (grads[0] * normed).flatten(0, -2).sum(dim=0)
+        return (grad - normed * (grad * normed).mean(dim=-1, keepdim=True)) * share, of_weight, None
+
+
 class _Swiglu(torch.autograd.Function):
     """silu(gate) * up as the engine computes it, with what it takes in alone kept for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return cpu.swiglu(gate_up)
+        if _is_the_engines(gate_up):
+            return rowwise.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -99,7 +127,7 @@ def rows_of(table: Tensor, token_ids: Tensor, product: Product) -> Tensor:
     return _applied(_Bfloat16, rows) if product is int8_product else rows
 
 
-def _applied(function: Any, *inputs: Tensor | None) -> Tensor:
+def _applied(function: Any, *inputs: Tensor | float | None) -> Tensor:
     y: Tensor = function.apply(*inputs)
     return y
 
@@ -120,7 +148,8 @@ class Group:
 
     def __init__(self, group: PrefillGroup, prefix: slice, num_tokens: int, device: torch.device) -> None:
         """Lay out `group`; `prefix` are the packed tokens that its sequences with a past begin with."""
-        self._group, self._device = group, device
+        self._group, self._device, self._prefix = group, device, prefix
+        self._at_once: tuple[Tensor, Tensor, Tensor] | None = None
         self.tokens = group.tokens
         self._tiles: dict[int | None, list[tuple[int, Tensor]]] = {}
         self._query_rows = group.query_rows.to(device)
@@ -142,6 +171,52 @@ class Group:
         by_slot = spread.view(batch, self._group.num_slots, *q.shape[1:]).transpose(1, 2)
         attended = cpu.tiled_attention(by_slot, k, v, self._tiles_of(window), config.softmax_scale)
         return attended.flatten(0, 1).index_select(0, self._query_rows).flatten(1)
+
+    def attend_at_once(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None) -> Tensor:
+        """Return what `attend` does to bfloat16's precision: all tiles at once, what is shared never copied."""
+        start, batch, d = self._group.spans[0].start, len(self._group.spans), config.head_dim
+        if window is not None or any(span.start != start for span in self._group.spans):
+            return self.attend(q, kv, config, window)
+        groups, own = kv.shape[1], max(span.size for span in self._group.spans)
+        size = q.shape[1] // groups * own  # queries of a sequence that read one key-value head
+        place, rows, bias = self._own(start, own)
+        queries, own_kv = (
+            _with_zero_row(x[self.tokens].bfloat16()).index_select(0, place).view(batch, own, groups, -1, x.shape[2])
+            for x in (q, kv)
+        )
+        queries = queries.permute(2, 0, 3, 1, 4).reshape(groups, -1, d)  # [G, B * H / G * own, head_dim]
+        own_k, own_v = own_kv.permute(2, 0, 3, 1, 4).reshape(groups * batch, own, -1).split(d, dim=-1)
+        past = kv[self._prefix.start : self._prefix.start + start].bfloat16().transpose(0, 1)
+        past_k, past_v = past.split(d, dim=-1)  # [G, start, head_dim]
+        of_own = torch.matmul(queries.view(groups * batch, size, d), own_k.transpose(1, 2))
+        of_own = (of_own.view(groups, batch, -1, own, own) + bias[:, None]).view(groups * batch, size, own)
+        of_past = torch.matmul(queries, past_k.transpose(1, 2)).view(groups * batch, size, start)
+        scores = torch.cat([of_past, of_own], dim=-1).float() * config.softmax_scale
+        of_past, of_own = torch.softmax(scores, dim=-1).bfloat16().split([start, own], dim=-1)
+        out = torch.matmul(of_own, own_v)
+        if start:
+            out = out + torch.matmul(of_past.reshape(groups, -1, start), past_v).view_as(out)
+        spread = out.view(groups, batch, -1, own, d).permute(1, 3, 0, 2, 4).reshape(batch * own, -1)
+        return spread.index_select(0, rows).float()
+
+    def _own(self, start: int, own: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, for `own` places of each sequence behind `start`: what stands there, each token's place, the bias."""
+        if self._at_once is None:
+            group, batch = self._group, len(self._group.spans)
+            rows = group.owner * own + group.slots - start
+            place = torch.full((batch * own,), len(group.owner))
+            place[rows] = torch.arange(len(group.owner))
+            bias = torch.full((batch, group.num_slots, group.capacity), float("-inf"))
+            for index, tile in enumerate(group.tiles(None)):
+                end, width = (group.first_tile + index + 1) * TILE, tile.bias.shape[-1]
+                query = slice(index * TILE, (index + 1) * TILE)
+                bias[: tile.count, query, : end - width] = 0.0
+                bias[: tile.count, query, end - width : end] = tile.bias
+                bias[tile.count :, query] = 0.0  # nothing stands there
+            first = start - group.first_tile * TILE
+            bias = bias[:, first : first + own, start : start + own].bfloat16()
+            self._at_once = place.to(self._device), rows.to(self._device), bias.to(self._device)
+        return self._at_once
 
     def _tiles_of(self, window: int | None) -> list[tuple[int, Tensor]]:
         if window not in self._tiles:
@@ -178,7 +253,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` [*, size], normed."""
-        return cpu.rms_norm(x, self.weight, self._eps)
+        return _applied(_RmsNorm, x, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -206,7 +281,11 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, kv = _rotated(q, *rope), torch.cat([_rotated(k, *rope), v], dim=-1)
-        return product(torch.cat([group.attend(q, kv, config, window) for group in packed.groups]), [self.o_proj])
+        attended = [
+            (group.attend_at_once if product is bfloat16_product else group.attend)(q, kv, config, window)
+            for group in packed.groups
+        ]
+        return product(torch.cat(attended), [self.o_proj])
 
 
 class FeedForward(nn.Module):

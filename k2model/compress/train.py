@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from k2model.compress.examples import Batch, TrainingData, path_to
+from k2model.compress.examples import Batch, TrainingData, likeliest, path_to
 from k2model.compress.student import Student
 from k2model.compress.student_layers import bfloat16_product, float32_product
 from k2model.compress.train_state import StateFolder, learned_parameters
@@ -91,16 +91,16 @@ class LabelLoss:
 
     def __call__(self, student: Student, batch: Batch) -> Tensor:
         """Return the mean over the labelled examples; the forks on the right answer's way alone are computed."""
-        labelled = tuple(example for example in batch.examples if example.truth is not None)
+        labelled = tuple(example for example in batch.examples if example.truths is not None)
         if not labelled or not batch.tree.parents:
             raise SpecError("a batch has no labelled example, or a task has one label", remedy="give a truth column")
         return surprise(student, Batch(labelled)) / len(labelled)
 
 
 def surprise(student: Student, batch: Batch) -> Tensor:
-    """Return -ln P(right answer) summed over examples that all have one; the forks on their ways alone are computed."""
+    """Return -ln P(right answers) summed over examples that all have some; the forks on their ways are computed."""
     tree = batch.tree
-    forks = [path_to(tree, example.truth) for example in batch.examples if example.truth is not None]
+    forks = [path_to(tree, example.truths) for example in batch.examples if example.truths is not None]
     found = student.fork_logits(batch, forks)
     return -torch.log_softmax(found.logits, dim=-1).gather(1, found.truths[:, None]).sum()
 
@@ -277,18 +277,20 @@ def _goodness(found: dict[str, float]) -> tuple[float, float]:
 
 @torch.no_grad()
 def evaluate(student: Student, batches: Sequence[Batch], loss: Loss) -> dict[str, float]:
-    """Return the mean loss and the accuracy of the labelled examples; without any, the mean of `loss` over batches."""
-    right = count = 0
-    total = 0.0
+    """Return the mean loss and accuracy of the labelled examples; without any, the mean of `loss` over batches."""
+    count = 0
+    total = right = 0.0
     for batch in batches:
-        labelled = [index for index, example in enumerate(batch.examples) if example.truth is not None]
-        if not labelled:
+        truths = [example.truths for example in batch.examples]
+        if not any(truths):
             continue
-        truths = torch.tensor([batch.examples[index].truth for index in labelled])
-        logprobs = student(batch).cpu()[labelled]
-        total -= logprobs.gather(1, truths[:, None]).sum().item()
-        right += int((logprobs.argmax(dim=1) == truths).sum())
-        count += len(labelled)
+        logprobs = student(batch).cpu()
+        given = likeliest(logprobs, batch.examples[0].num_questions)
+        for row, answers, wanted in zip(logprobs, given, truths, strict=True):
+            if wanted:
+                total -= row[list(wanted)].sum().item()
+                right += len(set(wanted) & set(answers)) / len(wanted)
+                count += 1
     if count:
         return {"validation_loss": total / count, "validation_accuracy": right / count}
     return {"validation_loss": sum(loss(student, batch).item() for batch in batches) / len(batches)}

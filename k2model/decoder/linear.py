@@ -8,7 +8,7 @@ from torch import Tensor
 
 from k2model.formats.compressed_tensors import unpack_int4
 from k2model.formats.weights import Weights
-from kernels import cpu, ops
+from kernels import cpu, ops, rowwise
 
 
 class Quantized(NamedTuple):
@@ -136,7 +136,7 @@ def gated(consumer: object, gate_up: Tensor, alpha: float, limit: float | None) 
     """Return the gated unit of `gate_up` [T, 2 F] as `consumer` takes it; with a limit, the clamped one."""
     if isinstance(consumer, Int8Linear):
         return Quantized(*ops.swiglu_quantize(gate_up, None if limit is None else alpha, limit))
-    return cpu.swiglu(gate_up) if limit is None else cpu.clamped_swiglu(gate_up, alpha, limit)
+    return rowwise.swiglu(gate_up, None if limit is None else alpha, limit)
 
 
 def _in_order(tensors: list[Tensor], rows: Tensor | None) -> Tensor:
