@@ -186,11 +186,13 @@ def card() -> Check:
 
 
 def default_model() -> Check:
-    """Return whether the embedded model is installed. Raises: CheckpointError if not."""
-    from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+    """Return whether the embedded models are installed. Raises: CheckpointError if not."""
+    from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, K2_MINI, open_checkpoint
 
-    path = open_checkpoint(DEFAULT_CHECKPOINT).path
-    return Check(name="model", state="ok", message=f"{DEFAULT_CHECKPOINT}, {path.stat().st_size / 1e6:.0f} MB, {path}")
+    found = [open_checkpoint(name) for name in (K2_MINI, DEFAULT_CHECKPOINT)]
+    sizes = (sum(file.stat().st_size for file in each.files()) / 1e6 for each in found)
+    models = (f"{each.name}, {size:.0f} MB, {each.path}" for each, size in zip(found, sizes, strict=True))
+    return Check(name="model", state="ok", message="; ".join(models))
 
 
 def cache() -> Check:

