@@ -17,8 +17,8 @@ from torch import Tensor
 
 from k2model.compress.examples import Batch
 from k2model.compress.student import Student
-from k2model.compress.student_layers import int8_product
-from k2model.compress.train import LabelLoss, TrainingOptions, evaluate, tune
+from k2model.compress.student_layers import bfloat16_product, int8_product
+from k2model.compress.train import LabelLoss, TrainingOptions, evaluate, has_bfloat16_product, tune
 from k2model.compress.train_state import read_curve
 from schemas.errors import EnvironmentMismatch, K2Error, SpecError
 from tests.checkpoints import write_checkpoint
@@ -75,7 +75,10 @@ def test_tuning_learns_what_the_labels_say(source: str, tmp_path: Path) -> None:
     assert facts["validation_accuracy"] == last["validation_accuracy"] > 0.6
     assert facts["validation_loss"] < 0.2 * first["validation_loss"]
     assert (facts["kind"], facts["steps"], facts["best_step"], facts["stopped_early"]) == ("tune", 25, 25, False)
-    found = evaluate(Student.open(str(tmp_path / "target")), Rows().validation(), LabelLoss())
+    student = Student.open(str(tmp_path / "target"))
+    if has_bfloat16_product("cpu"):
+        student.product = bfloat16_product
+    found = evaluate(student, Rows().validation(), LabelLoss())
     assert found == {key: facts[key] for key in found}, "what is written is what was measured"
 
 
@@ -193,8 +196,10 @@ def test_gradients_of_several_batches_are_averaged(source: str, tmp_path: Path) 
         options = TrainingOptions(steps=2, learning_rate=1e-3, batches_per_step=count)
         tune(source, tmp_path / name, Thrice(), options, said)
     one, three = read_curve(tmp_path / "one"), read_curve(tmp_path / "three")
+    # A third of a gradient rounds to other bfloat16 values, where those are computed.
+    norm = 2**-8 if has_bfloat16_product("cpu") else 1e-4
     assert one[1]["loss"] == pytest.approx(three[1]["loss"], rel=1e-6)
-    assert one[1]["gradient_norm"] == pytest.approx(three[1]["gradient_norm"], rel=1e-4)
+    assert one[1]["gradient_norm"] == pytest.approx(three[1]["gradient_norm"], rel=norm)
     assert three[1]["tokens"] == 3 * one[1]["tokens"]
 
 

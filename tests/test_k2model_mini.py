@@ -49,7 +49,6 @@ def test_it_tells_insults_from_ordinary_talk_the_same_alone_and_in_company() -> 
     finally:
         engine.close()
     assert [one.logprobs for one in alone] == [one.logprobs for one in together]
-    given = [list(POLICY.labels)[int(torch.tensor(one.logprobs).argmax())] for one in together]
-    is_normal = [label == "normal" for label in given]
-    assert sum(is_normal[: len(ORDINARY)]) >= 3, given
-    assert sum(is_normal[len(ORDINARY) :]) <= 1, given
+    normal = torch.tensor([one.logprobs[list(POLICY.labels).index("normal")] for one in together])
+    ordinary, insults = normal.split([len(ORDINARY), len(INSULTS)])
+    assert ordinary.mean() > insults.mean() + 1, normal
