@@ -61,8 +61,9 @@ def _quantize(row: Any, out: Any) -> Any:
 
 
 @_inline
-def _gate(gate: Any, up: Any, out: Any, powers: Any, gain: Any) -> None:
-    """Write gate * sigmoid(gain * gate) * up, each [F] float32; `powers` [F] int32 is room."""
+def _gate(gate: Any, up: Any, out: Any, gain: Any) -> None:
+    """Write gate * sigmoid(gain * gate) * up, each [F] float32."""
+    powers = np.empty(gate.size, np.int32)
     scale = powers.view(np.float32)
     for i in range(gate.size):
         x = min(max(-gain * gate[i], -_FARTHEST), _FARTHEST)
@@ -73,6 +74,20 @@ def _gate(gate: Any, up: Any, out: Any, powers: Any, gain: Any) -> None:
         powers[i] = (np.int32(whole) + _EXPONENT_BIAS) << _EXPONENT_SHIFT
     for i in range(gate.size):
         out[i] = (gate[i] / (_ONE + out[i] * scale[i])) * up[i]
+
+
+@_inline
+def _gate_row(row: Any, gain: Any, limit: Any, out: Any) -> None:
+    """Write the gated unit of `row` [2 F] into `out` [F], clamped where `limit` is above 0."""
+    half = out.size
+    if limit > _ZERO:
+        gate, up = np.empty(half, np.float32), np.empty(half, np.float32)
+        for i in range(half):
+            gate[i] = min(row[i], limit)
+            up[i] = min(max(row[half + i], -limit), limit) + _ONE
+        _gate(gate, up, out, gain)
+    else:
+        _gate(row[:half], row[half:], out, gain)
 
 
 @_inline
@@ -116,31 +131,14 @@ def _rms_norm_quantize(x: Any, residual: Any, weight: Any, eps: Any, total: Any,
 
 
 def _swiglu(gate_up: Any, gain: Any, limit: Any, out: Any) -> None:
-    half = gate_up.shape[1] // 2
     for t in numba.prange(gate_up.shape[0]):
-        powers = np.empty(half, np.int32)
-        if limit > _ZERO:
-            gate, up = np.empty(half, np.float32), np.empty(half, np.float32)
-            for i in range(half):
-                gate[i] = min(gate_up[t, i], limit)
-                up[i] = min(max(gate_up[t, half + i], -limit), limit) + _ONE
-            _gate(gate, up, out[t], powers, gain)
-        else:
-            _gate(gate_up[t, :half], gate_up[t, half:], out[t], powers, gain)
+        _gate_row(gate_up[t], gain, limit, out[t])
 
 
 def _swiglu_quantize(gate_up: Any, gain: Any, limit: Any, out: Any, scales: Any) -> None:
-    half = gate_up.shape[1] // 2
     for t in numba.prange(gate_up.shape[0]):
-        powers, gated = np.empty(half, np.int32), np.empty(half, np.float32)
-        if limit > _ZERO:
-            gate, up = np.empty(half, np.float32), np.empty(half, np.float32)
-            for i in range(half):
-                gate[i] = min(gate_up[t, i], limit)
-                up[i] = min(max(gate_up[t, half + i], -limit), limit) + _ONE
-            _gate(gate, up, gated, powers, gain)
-        else:
-            _gate(gate_up[t, :half], gate_up[t, half:], gated, powers, gain)
+        gated = np.empty(gate_up.shape[1] // 2, np.float32)
+        _gate_row(gate_up[t], gain, limit, gated)
         scales[t] = _quantize(gated, out[t])
 
 

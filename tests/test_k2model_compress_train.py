@@ -190,16 +190,17 @@ def test_a_loss_that_is_no_number_is_told(source: str, tmp_path: Path) -> None:
     assert caught.value.remedy == "lower learning_rate"
 
 
-def test_gradients_of_several_batches_are_averaged(source: str, tmp_path: Path) -> None:
-    """Three times the same batch is that batch."""
+def test_gradients_of_several_batches_are_averaged(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times the same batch is that batch; in float32, since a third of a gradient rounds to another bfloat16."""
+    monkeypatch.setattr("k2model.compress.train.has_bfloat16_product", lambda device: False)
     for name, count in (("one", 1), ("three", 3)):
         options = TrainingOptions(steps=2, learning_rate=1e-3, batches_per_step=count)
         tune(source, tmp_path / name, Thrice(), options, said)
     one, three = read_curve(tmp_path / "one"), read_curve(tmp_path / "three")
-    # A third of a gradient rounds to other bfloat16 values, where those are computed.
-    norm = 2**-8 if has_bfloat16_product("cpu") else 1e-4
     assert one[1]["loss"] == pytest.approx(three[1]["loss"], rel=1e-6)
-    assert one[1]["gradient_norm"] == pytest.approx(three[1]["gradient_norm"], rel=norm)
+    assert one[1]["gradient_norm"] == pytest.approx(three[1]["gradient_norm"], rel=1e-4)
     assert three[1]["tokens"] == 3 * one[1]["tokens"]
 
 

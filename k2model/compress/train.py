@@ -286,9 +286,11 @@ def evaluate(student: Student, batches: Sequence[Batch], loss: Loss) -> dict[str
             continue
         logprobs = student(batch).cpu()
         given = likeliest(logprobs, batch.examples[0].num_questions)
-        for row, answers, wanted in zip(logprobs, given, truths, strict=True):
+        total -= (
+            torch.cat([row[list(wanted)] for row, wanted in zip(logprobs, truths, strict=True) if wanted]).sum().item()
+        )
+        for answers, wanted in zip(given, truths, strict=True):
             if wanted:
-                total -= row[list(wanted)].sum().item()
                 right += len(set(wanted) & set(answers)) / len(wanted)
                 count += 1
     if count:
