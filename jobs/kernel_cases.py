@@ -159,8 +159,11 @@ def _prefill_case(model: Model, heads: tuple[int, int, int], tokens: int, device
         size = min(length, TILE)
         hidden = torch.ones(1, size, size, dtype=torch.bool).triu(1)
         causal = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
-        tiles = [(count, causal)] * (length // size)
-        ours = lambda: cpu.tiled_attention(batch_q, batch_k, batch_v, tiles, scale).transpose(1, 2)  # noqa: E731
+        tiles = [(torch.tensor([[0, size]] * count), causal)] * (length // size)
+        by_tile = batch_q.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).contiguous()
+        ours = lambda: (  # noqa: E731
+            cpu.tiled_attention(by_tile, batch_k, batch_v, tiles, scale).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        )
     return Case(
         kernel="prefill attention", model=model.name, shape=f"{count} of {length}, {h}/{g} heads of {head_dim}",
         size=tokens, ours=ours, peer_name="SDPA",
@@ -211,7 +214,7 @@ def _latent_case(model: Model, keys: int, device: str) -> Case:
         ours: Callable[[], object] = lambda: mla_decode(q, paged, table, lens, scale)  # noqa: E731
     else:
         seen = torch.zeros(1, 1, 1)
-        ours = lambda: cpu.attention(q[:, :, None], latent, latent[..., :512], seen, scale)  # noqa: E731
+        ours = lambda: cpu.attention(q[:, :, None], latent, latent, seen, scale)[..., :512]  # noqa: E731
     return Case(
         kernel="latent decode attention", model=model.name, shape=f"{count} x {keys} keys, {h} heads", size=keys,
         ours=ours, peer_name="SDPA",

@@ -72,6 +72,23 @@ def int8_linear(
     return y
 
 
+def int8_swiglu(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    alpha: float | None = None,
+    limit: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return swiglu_quantize(int8_linear(...)) as int8 [T, N / 2] and its row scales [T] float32.
+
+    For arguments of both. On the CPU products are scaled in the pass that gates them.
+    """
+    h_int8, h_scale = torch.ops.k2batch.int8_swiglu(x_int8, x_scale, weight, weight_scale, bias, alpha, limit)
+    return h_int8, h_scale
+
+
 def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
     """Return log softmax(hidden @ head.T) at `token_ids`, as [T, C] float32, without [T, V] logits in memory.
 
@@ -213,6 +230,19 @@ def _fake_route(
     )
 
 
+def _int8_swiglu_on_card(
+    x_int8: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    alpha: float | None,
+    limit: float | None,
+) -> tuple[Tensor, Tensor]:
+    gate_up = int8_linear(x_int8, x_scale, weight, weight_scale, bias)
+    return swiglu_quantize(gate_up, alpha, limit)
+
+
 def _fake_product(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[-1], dtype=torch.float32)
 
@@ -249,6 +279,13 @@ _define(
     cpu.int8_linear,
     _on_card("int8_gemm", "int8_linear"),
     _fake_linear,
+)
+_define(
+    "int8_swiglu(Tensor x_int8, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, float? alpha,"
+    " float? limit) -> (Tensor, Tensor)",
+    cpu.int8_swiglu,
+    _int8_swiglu_on_card,
+    lambda x_int8, x_scale, weight, *_: (x_int8.new_empty(len(x_int8), len(weight) // 2), torch.empty_like(x_scale)),
 )
 _define(
     "token_logprobs(Tensor hidden, Tensor head, Tensor token_ids) -> Tensor",

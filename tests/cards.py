@@ -27,6 +27,7 @@ ON_CARD: dict[str, Any] = {
     "rms_norm_quantize": ops._rms_norm_quantize_on_card,
     "swiglu_quantize": quantize.swiglu_quantize,
     "int8_linear": gemm.int8_linear,
+    "int8_swiglu": ops._int8_swiglu_on_card,
     "token_logprobs": label_score.token_logprobs,
     "route": routing.route,
     "rms_norm": norm.rms_norm,
@@ -62,5 +63,6 @@ def card_decoder(folder: Path, precision: Precision = PRECISIONS["fp32"], page: 
     """Return the decoder of a checkpoint as it is on a card, with small pages."""
     source = open_checkpoint(str(folder)) if precision.expand else prepare_int8(str(folder))
     decoder = Decoder.from_weights(source.config(), source.weights(), precision, CARD)
-    decoder.pool = PagePool(len(decoder.layers), *kv_shape(decoder.config), precision.key_values, CARD, page)
+    parts, kv_heads, width = kv_shape(decoder.config)
+    decoder.pool = PagePool(len(decoder.layers), kv_heads, parts * width, precision.key_values, CARD, page)
     return decoder

@@ -14,7 +14,7 @@ from k2model.decoder.mla import LatentAttention
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.rope import cos_sin, deinterleaved, inverse_frequencies
-from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots, Span, Step
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from k2model.formats.weights import in_memory
 from kernels import cpu
 from tests.checkpoints import config_json, random_tensors
@@ -56,9 +56,9 @@ def test_absorbed_attention_is_expanded_attention(options: dict[str, Any], count
 
     with torch.inference_mode():
         whole = run(slice(None), Step([Span((0,) * length)] * count))
-        kept = [KeyValues([empty(1, 10)], 0) for _ in range(count)]
+        kept = [KeyValues(empty(1, 1, 1, 10), 0) for _ in range(count)]
         first = run(slice(0, 10), Step([Span((0,) * 10, keep=kv) for kv in kept]))
-        slots = Slots([torch.zeros_like(empty(count, 1, TILE))])
+        slots = Slots(empty(1, 1, count, 1, DECODE_TILE))
         for row, kv in enumerate(kept):
             assert kv.layers[0].isfinite().all()
             slots.fill(row, [kv])

@@ -74,10 +74,11 @@ def test_what_was_validated_is_what_the_engine_says_of_the_folder(family: str, t
 
 
 def test_it_begins_where_a_conversion_ends(tmp_path: Path) -> None:
-    """Steps that make it worse leave the conversion itself."""
+    """Steps that make it worse leave the conversion itself: nothing answers as its teacher does but that."""
     source = write_checkpoint(tmp_path / "source", outlier=20.0)
     options = TrainingOptions(steps=3, learning_rate=10.0)
-    facts = quantize_aware(str(source), tmp_path / "target", Rows(), options, said)
+    data = Rows(labelled=False)
+    facts = quantize_aware(str(source), tmp_path / "target", data, options, said, teacher=str(source))
     assert facts["best_step"] == 0
     converted = tmp_path / "converted"
     converted.mkdir()

@@ -228,8 +228,8 @@ def test_attention_at_once_is_attention_by_tiles(prefix_tokens: int, tmp_path: P
     q = torch.randn(tokens, config.num_attention_heads, width)
     kv = torch.randn(tokens, config.num_key_value_heads, 2 * width)
     for group in packed.groups:
-        exact, found = (each(q, kv, config, None) for each in (group.attend, group.attend_at_once))
+        exact, found = group.attend(q, kv, config, None, torch.float32), group.attend_at_once(q, kv, config, None)
         assert exact.shape == found.shape
         assert (exact - found).abs().max() < 5 * 2**-8 * kv.abs().max()
         assert (exact - found).abs().max() > 0  # it is another way
-        assert torch.equal(group.attend_at_once(q, kv, config, 7), group.attend(q, kv, config, 7))
+        assert torch.equal(group.attend_at_once(q, kv, config, 7), group.attend(q, kv, config, 7, torch.bfloat16))

@@ -16,7 +16,7 @@ from k2model.config import ModelConfig
 from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import TILE, DecodeGroup, Span, Step
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, Span, Step
 from k2model.formats.compressed_tensors import pack_int4
 from k2model.formats.weights import in_memory
 from k2model.parameters import Parameter, parameters
@@ -93,8 +93,9 @@ def test_a_shared_prefix_gives_what_the_whole_prompt_gives(
 def test_the_latent_cache_is_one_row_a_token() -> None:
     raw = config_json("deepseek_v3")
     decoder = decoder_of(raw, random_tensors(raw))
-    assert [tuple(layer.shape) for layer in decoder.allocate(5, 10).layers] == [(1, 10, 32 + 8)] * 2
-    assert [tuple(layer.shape) for layer in decoder.allocate_slots(3, 2).layers] == [(3, 1, 2 * TILE, 32 + 8)] * 2
+    assert [tuple(layer.shape) for layer in decoder.allocate(5, 10).layers] == [(1, 1, 10, 32 + 8)] * 2
+    slots = decoder.allocate_slots(3, 2)
+    assert [tuple(layer.shape) for layer in slots.layers] == [(1, 3, 1, 2 * DECODE_TILE, 32 + 8)] * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,20 +4,20 @@ import random
 
 import torch
 
-from k2model.decoder.step import TILE, KeyValues, Slots
+from k2model.decoder.step import DECODE_TILE, KeyValues, Slots
 from k2model.engine.kv_cache import KvCache
 
 
 def allocate(rows: int, num_tiles: int) -> Slots:
-    return Slots([torch.zeros(rows, 1, num_tiles * TILE, 1) for _ in range(2)])
+    return Slots(torch.full((2, 1, rows, 1, num_tiles * DECODE_TILE, 1), float("nan")))
 
 
 def parts(owner: int, *lengths: int) -> list[KeyValues]:
     """Return keys that name their owner and their slot."""
     made, start = [], 0
     for length in lengths:
-        values = owner * 1000.0 + torch.arange(start, start + length).view(1, -1, 1)
-        made.append(KeyValues([values, -values], start))
+        values = owner * 1000.0 + torch.arange(start, start + length).view(1, 1, -1, 1)
+        made.append(KeyValues(torch.stack([values, -values]), start))
         start += length
     return made
 
@@ -36,12 +36,13 @@ def test_everyone_keeps_its_own_keys() -> None:
             for row, owner in enumerate(block.owners):
                 length = lengths[owner]
                 assert int(group.lengths[row]) == length
-                assert length // TILE + 1 == group.slots.num_tiles
+                assert length // DECODE_TILE + 1 == group.slots.num_tiles
                 expected = int(owner) * 1000.0 + torch.arange(length)
-                assert torch.equal(group.slots.layers[0][row, 0, :length, 0], expected)
-                assert torch.equal(group.slots.layers[1][row, 0, :length, 0], -expected)
+                assert torch.equal(group.slots.layers[0][0, row, 0, :length, 0], expected)
+                assert torch.equal(group.slots.layers[1][0, row, 0, :length, 0], -expected)
+                assert group.slots.layers[:, 0, row].isfinite().all()
                 for sign, layer in zip((1, -1), group.slots.layers, strict=True):
-                    layer[row, 0, length, 0] = sign * (int(owner) * 1000.0 + length)
+                    layer[0, row, 0, length, 0] = sign * (int(owner) * 1000.0 + length)
         every = [owner for block in cache.blocks.values() for owner in block.owners]
         leaving = set(rng.sample(every, k=min(len(every), rng.randint(0, 1)))) if turn % 5 == 0 else set()
         cache.advance({owner: 1 for owner in every if owner not in leaving})
@@ -55,14 +56,14 @@ def test_some_rows_are_a_view_of_the_block() -> None:
     for owner in "abcde":
         cache.add(owner, parts(ord(owner), 10))
     group = cache.blocks[1].group(range(2, 4))
-    assert group.slots.layers[0][:, 0, 3, 0].tolist() == [ord("c") * 1000 + 3, ord("d") * 1000 + 3]
-    group.slots.layers[0][0, 0, 10, 0] = 5
-    assert cache.blocks[1].slots.layers[0][2, 0, 10, 0] == 5
+    assert group.slots.layers[0][0, :, 0, 3, 0].tolist() == [ord("c") * 1000 + 3, ord("d") * 1000 + 3]
+    group.slots.layers[0][0, 0, 0, 10, 0] = 5
+    assert cache.blocks[1].slots.layers[0][0, 2, 0, 10, 0] == 5
 
 
 def test_an_empty_block_is_given_back() -> None:
     cache: KvCache[str] = KvCache(allocate)
-    cache.add("a", parts(1, TILE - 1))
+    cache.add("a", parts(1, DECODE_TILE - 1))
     cache.advance({"a": 1})
     assert list(cache.blocks) == [2]
     cache.advance({})

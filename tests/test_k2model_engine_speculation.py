@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import TILE, DecodeGroup, Span, Step
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, Span, Step
 from k2model.engine.engine import Engine
 from k2model.engine.kv_cache import KvCache
 from k2model.engine.request import Candidate, Completion, Grammar, Request, Sampling
@@ -162,7 +162,7 @@ def test_tokens_fed_together_have_the_bits_of_tokens_fed_one_by_one(
 ) -> None:
     decoder = make(write_checkpoint(tmp_path, family=family))
     chance = random.Random(4)
-    lengths = [1, 7, TILE - 12, TILE, 2 * TILE + 5, 2 * TILE + 9]
+    lengths = [1, 7, DECODE_TILE - 12, DECODE_TILE, 2 * DECODE_TILE + 5, 2 * DECODE_TILE + 9]
     prompts = [[chance.randrange(256) for _ in range(length)] for length in lengths]
     tokens = [[chance.randrange(256) for _ in range(12)] for _ in lengths]
     single = fed(decoder, prompts, tokens, [1] * 12)

@@ -295,7 +295,10 @@ def test_tiles_of_queries_see_what_their_twin_sees(first_tile: int) -> None:
     q, k, v = torch.randn(2, heads, slots, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 5)
     causal = bias_of(torch.ones(size, size, dtype=torch.bool).tril())
     q[1, :, -size:], k[1, :, -size:], v[1, :, -size:] = float("nan"), float("nan"), float("nan")
-    got = cpu.tiled_attention(q, k, v, [(2, causal), (2, causal), (1, causal)], 0.3)
+    whole = [(torch.tensor([[0, size]] * count), causal) for count in (2, 2, 1)]
+    by_tile = q.unflatten(2, (tiles, size)).permute(2, 0, 1, 3, 4).contiguous()
+    poison = torch.full((tiles, 2, heads, size, 5), float("nan"))
+    got = cpu.tiled_attention(by_tile, k, v, whole, 0.3, out=poison).permute(1, 0, 3, 2, 4).flatten(1, 2)
     for row, own in ((0, slots), (1, slots - size)):
         end = first_tile * size + own
         visible = torch.ones(own, end, dtype=torch.bool).tril(first_tile * size)

@@ -48,6 +48,20 @@ def test_scales_and_bias_come_in_the_order_of_their_twin(dtype: torch.dtype, has
     assert torch.equal(got, expected + bias if has_bias else expected)
 
 
+@pytest.mark.parametrize(("t", "f"), [(0, 8), (1, 1), (5, 33), (130, 1536)])
+@pytest.mark.parametrize("clamped", [(None, None), (1.702, 7.0)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_are_scaled_and_gated_in_one_pass_to_the_bit(
+    t: int, f: int, clamped: tuple[float | None, float | None], has_bias: bool
+) -> None:
+    products = torch.randint(-(2**20), 2**20, (t, 2 * f), dtype=torch.int32)
+    x_scale, weight_scale, bias = torch.rand(t) * 1e-3, torch.rand(2 * f) * 1e-3, torch.randn(2 * f)
+    own = bias if has_bias else None
+    got = rowwise.scaled_swiglu_quantize(products, x_scale, weight_scale, own, *clamped)
+    expected = rowwise.swiglu_quantize(rowwise.scaled(products.clone(), x_scale, weight_scale, own), *clamped)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("gate", [-1e30, -200.0, -87.5, -1.0, -0.0, 0.0, 1e-30, 1.0, 87.5, 200.0, 1e30])
 def test_the_gate_holds_at_its_ends(gate: float) -> None:
     exact = torch.nn.functional.silu(torch.tensor(gate, dtype=torch.float64)).item()

@@ -22,6 +22,9 @@ from kernels import cpu, ops, rowwise
 Product = Callable[[Tensor, Sequence[nn.Linear]], Tensor]
 """Returns x [T, K] times each of several linears that share it, outputs side by side [T, sum of N] float32."""
 
+Tiles = list[tuple[Tensor, Tensor]]
+"""Of each tile, the queries that count and the bias, as `cpu.tiled_attention` takes them."""
+
 
 def float32_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
     """Return the product in float32."""
@@ -121,6 +124,47 @@ class _Swiglu(torch.autograd.Function):
         return torch.cat([grads[0] * up * (share + silu * (1 - share)), grads[0] * silu], dim=-1)
 
 
+class _TiledAttention(torch.autograd.Function):
+    """What `cpu.tiled_attention` computes; the gradient is that of float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, stored: torch.dtype) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.tiles, ctx.scale = tiles, scale
+        dtype = cpu.product_dtype(stored)
+        k, v = (x.to(stored).to(dtype).contiguous() for x in (k, v))
+        return cpu.tiled_attention(q.to(dtype).contiguous(), k, v, tiles, scale).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            q, k, v = inputs
+            y = _float_attended(q, k, v, ctx.tiles, ctx.scale)
+        return *torch.autograd.grad(y, inputs, grads[0]), None, None, None
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, stored: torch.dtype) -> Tensor:
+    """Return `cpu.tiled_attention` of float32 [tiles, B, H, TILE, D], [B, G, S, D] and [B, G, S, Dv]."""
+    if not _is_the_engines(q):
+        return _float_attended(q, k, v, tiles, scale)
+    y: Tensor = _TiledAttention.apply(q, k, v, tiles, scale, stored)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _float_attended(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor:
+    """Return the same by torch's own operations; zero where no sequence reaches."""
+    out = []
+    for index, (rows, bias) in enumerate(tiles):
+        count, end = len(rows), k.shape[2] - (len(tiles) - 1 - index) * TILE
+        own = q[index, :count].unflatten(1, (k.shape[1], -1))  # [count, G, H / G, TILE, D]
+        scores = torch.matmul(own, k[:count, :, None, :end].transpose(-1, -2)) * scale
+        scores = scores + functional.pad(bias, (end - bias.shape[-1], 0))[:, None, None]
+        attended = torch.matmul(torch.softmax(scores, dim=-1), v[:count, :, None, :end]).flatten(1, 2)
+        out.append(functional.pad(attended, (0, 0, 0, 0, 0, 0, 0, q.shape[1] - count)))
+    return torch.stack(out)
+
+
 def rows_of(table: Tensor, token_ids: Tensor, product: Product) -> Tensor:
     """Return rows [T, D] of an embedding, rounded as the checkpoint that `product` is for stores them."""
     rows = functional.embedding(token_ids, table)
@@ -151,10 +195,11 @@ class Group:
         self._group, self._device, self._prefix = group, device, prefix
         self._at_once: tuple[Tensor, Tensor, Tensor] | None = None
         self.tokens = group.tokens
-        self._tiles: dict[int | None, list[tuple[int, Tensor]]] = {}
-        self._query_rows = group.query_rows.to(device)
+        self._tiles: dict[int | None, Tiles] = {}
+        query_rows = group.owner * group.num_slots + group.slots - group.first_tile * TILE
+        self._query_rows = query_rows.to(device)
         queries = torch.full((len(group.spans) * group.num_slots,), len(group.owner))
-        queries[group.query_rows] = torch.arange(len(group.owner))
+        queries[query_rows] = torch.arange(len(group.owner))
         self._queries = queries.to(device)
         keys = torch.full((len(group.spans), group.capacity), num_tokens)
         for row, span in enumerate(group.spans):
@@ -162,21 +207,29 @@ class Group:
         keys[group.owner, group.slots] = torch.arange(group.tokens.start, group.tokens.stop)
         self._keys = keys.flatten().to(device)
 
-    def attend(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None) -> Tensor:
-        """Return [tokens of the group, H * head_dim] for queries q [T, H, head_dim] and kv [T, G, 2 * head_dim]."""
+    def attend(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None, stored: torch.dtype) -> Tensor:
+        """Return [tokens of the group, H * head_dim] as the engine computes it of keys and values kept as `stored`.
+
+        Args:
+            q: [T, H, head_dim].
+            kv: [T, G, 2 * head_dim].
+            config: the layer's.
+            window: how far back a token sees.
+            stored: dtype of keys and values.
+        """
         batch = len(self._group.spans)
         spread = _with_zero_row(q[self.tokens]).index_select(0, self._queries)
         keys_values = _with_zero_row(kv).index_select(0, self._keys).view(batch, self._group.capacity, *kv.shape[1:])
-        k, v = keys_values.transpose(1, 2).contiguous().split(config.head_dim, dim=-1)
-        by_slot = spread.view(batch, self._group.num_slots, *q.shape[1:]).transpose(1, 2)
-        attended = cpu.tiled_attention(by_slot, k, v, self._tiles_of(window), config.softmax_scale)
-        return attended.flatten(0, 1).index_select(0, self._query_rows).flatten(1)
+        k, v = keys_values.transpose(1, 2).split(config.head_dim, dim=-1)
+        by_tile = spread.view(batch, -1, TILE, *q.shape[1:]).permute(1, 0, 3, 2, 4)  # [tiles, B, H, TILE, head_dim]
+        attended = _attended(by_tile, k, v, self._tiles_of(window), config.softmax_scale, stored)
+        return attended.permute(1, 0, 3, 2, 4).flatten(0, 2).index_select(0, self._query_rows).flatten(1)
 
     def attend_at_once(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None) -> Tensor:
         """Return what `attend` does to bfloat16's precision: all tiles at once, what is shared never copied."""
         start, batch, d = self._group.spans[0].start, len(self._group.spans), config.head_dim
         if window is not None or any(span.start != start for span in self._group.spans):
-            return self.attend(q, kv, config, window)
+            return self.attend(q, kv, config, window, torch.bfloat16)
         groups, own = kv.shape[1], max(span.size for span in self._group.spans)
         size = q.shape[1] // groups * own  # queries of a sequence that read one key-value head
         place, rows, bias = self._own(start, own)
@@ -210,18 +263,19 @@ class Group:
             for index, tile in enumerate(group.tiles(None)):
                 end, width = (group.first_tile + index + 1) * TILE, tile.bias.shape[-1]
                 query = slice(index * TILE, (index + 1) * TILE)
-                bias[: tile.count, query, : end - width] = 0.0
-                bias[: tile.count, query, end - width : end] = tile.bias
-                bias[tile.count :, query] = 0.0  # nothing stands there
+                count = len(tile.rows)
+                bias[:count, query, : end - width] = 0.0
+                bias[:count, query, end - width : end] = tile.bias
+                bias[count:, query] = 0.0  # nothing stands there
             first = start - group.first_tile * TILE
             bias = bias[:, first : first + own, start : start + own].bfloat16()
             self._at_once = place.to(self._device), rows.to(self._device), bias.to(self._device)
         return self._at_once
 
-    def _tiles_of(self, window: int | None) -> list[tuple[int, Tensor]]:
+    def _tiles_of(self, window: int | None) -> Tiles:
         if window not in self._tiles:
             tiles = self._group.tiles(window)
-            self._tiles[window] = [(tile.count, tile.bias.to(self._device)) for tile in tiles]
+            self._tiles[window] = [(tile.rows, tile.bias.to(self._device)) for tile in tiles]
         return self._tiles[window]
 
 
@@ -231,7 +285,7 @@ class Packed:
     def __init__(self, batch: Batch, forks: Sequence[Forks], device: torch.device) -> None:
         """Pack `batch`, each example with the branches of its `forks`."""
         prefix = batch.prefix_ids
-        past = (KeyValues([torch.empty(1, len(prefix), 0)], 0),) if prefix else ()
+        past = (KeyValues(torch.empty(1, 1, 1, len(prefix), 0), 0),) if prefix else ()
         spans = [Span(prefix)] if prefix else []
         for example, asked in zip(batch.examples, forks, strict=True):
             spans.append(Span(example.prompt_ids[len(prefix) :], past, asked.branches))
@@ -281,8 +335,11 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, kv = _rotated(q, *rope), torch.cat([_rotated(k, *rope), v], dim=-1)
+        stored = torch.bfloat16 if product is int8_product else torch.float32
         attended = [
-            (group.attend_at_once if product is bfloat16_product else group.attend)(q, kv, config, window)
+            group.attend_at_once(q, kv, config, window)
+            if product is bfloat16_product
+            else group.attend(q, kv, config, window, stored)
             for group in packed.groups
         ]
         return product(torch.cat(attended), [self.o_proj])

@@ -12,7 +12,7 @@ from k2model.config import AttentionConfig, ModelConfig
 from k2model.decoder.linear import Linear, LinearReader, Quantized
 from k2model.decoder.paged import PagedStep
 from k2model.decoder.step import Step
-from kernels import cpu, ops
+from kernels import attention_rows, cpu, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +44,48 @@ class Attention:
         """Return [T, D] float32 for normed `x` [T, D]; stores keys and values where the step keeps them."""
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        qkv = self.qkv_proj(x).view(-1, heads + 2 * kv_heads, head_dim)
-        rotated = cpu.apply_rope(self._normed(qkv[:, : heads + kv_heads]), *rope)
-        q = rotated[:, :heads]
-        kv = cpu.rounded(torch.cat([rotated[:, heads:], qkv[:, heads + kv_heads :]], dim=-1), kv_dtype)
+        qkv = self.qkv_proj(x)
+        by_head = qkv.view(len(qkv), -1, head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            by_head[:, :heads] = ops.rms_norm(by_head[:, :heads], self.q_norm, self.eps)
+            by_head[:, heads : heads + kv_heads] = ops.rms_norm(by_head[:, heads:-kv_heads], self.k_norm, self.eps)
         if isinstance(step, PagedStep):
-            return self.o_proj(step.attend(q, kv, self.layer, window, config.softmax_scale, self.sinks))
-        out = torch.empty(qkv.shape[0], heads * head_dim)
+            return self.o_proj(self._paged(by_head, rope, step, window, kv_dtype))
+        attention_rows.rotate_(qkv, *rope, heads + kv_heads)
+        dtype, q_width, kv_width = cpu.product_dtype(kv_dtype), heads * head_dim, kv_heads * head_dim
+        kept = qkv[:, q_width:].unflatten(1, (2, kv_heads, head_dim))
+        if dtype != kv_dtype:
+            kept.copy_(cpu.rounded(kept, kv_dtype))
+        out = torch.empty(len(qkv), q_width)
         for group in step.prefill:
-            own = kv[group.tokens]
-            keys_values = group.workspace(kv_heads, 2 * head_dim)
+            k, v = group.keys_values(kv_heads, (head_dim, head_dim), dtype)
             for past, run in group.shared_past():
-                keys_values[run, :, past.start : past.end] = past.layers[self.layer].float()
-            keys_values[group.owner, :, group.slots] = own.float()
-            group.keep(own, self.layer)
-            k, v = keys_values.split(head_dim, dim=-1)
-            tiles = [(tile.count, tile.bias) for tile in group.tiles(window)]
-            attended = cpu.tiled_attention(group.spread(q[group.tokens]), k, v, tiles, config.softmax_scale, self.sinks)
-            out[group.tokens] = group.collect(attended)
+                k[run, :, past.start : past.end], v[run, :, past.start : past.end] = past.layers[self.layer]
+            group.spread_keys(qkv, q_width, k)
+            group.spread_keys(qkv, q_width + kv_width, v)
+            group.keep(kept[group.tokens], self.layer)
+            q = group.spread_queries(qkv, heads, head_dim, dtype)
+            group.attend(q, k, v, window, config.softmax_scale, self.sinks, out)
         for decoding in step.decode:
-            k, v = decoding.append(kv[decoding.tokens], self.layer).float().split(head_dim, dim=-1)
-            own_q = q[decoding.tokens, :, None]
-            attended = cpu.attention(own_q, k, v, decoding.bias(window), config.softmax_scale, self.sinks)
+            if dtype == kv_dtype:
+                for part, first in zip(decoding.slots.layers[self.layer], (q_width, q_width + kv_width), strict=True):
+                    attention_rows.spread(qkv[decoding.tokens], first, decoding.places(), decoding.lengths, part)
+                k, v = decoding.seen(self.layer)
+            else:
+                k, v = decoding.append(kept[decoding.tokens].to(kv_dtype), self.layer).to(dtype)
+            q = by_head[decoding.tokens, :heads].to(dtype).contiguous()[:, :, None]
+            attended = cpu.attention(q, k, v, decoding.bias(window), config.softmax_scale, self.sinks)
             out[decoding.tokens] = attended.flatten(1)
         return self.o_proj(out)
 
-    def _normed(self, qk: Tensor) -> Tensor:
-        if self.q_norm is None or self.k_norm is None:
-            return qk
-        heads = self.config.num_attention_heads
-        q, k = ops.rms_norm(qk[:, :heads], self.q_norm, self.eps), ops.rms_norm(qk[:, heads:], self.k_norm, self.eps)
-        return torch.cat([q, k], dim=1)
+    def _paged(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor], step: PagedStep, window: int | None, kv_dtype: torch.dtype
+    ) -> Tensor:
+        """Return [T, H * head_dim] of `qkv` [T, H + 2 G, head_dim] on a card."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        rotated = cpu.apply_rope(qkv[:, : heads + kv_heads], *rope)
+        kv = cpu.rounded(torch.cat([rotated[:, heads:], qkv[:, heads + kv_heads :]], dim=-1), kv_dtype)
+        return step.attend(rotated[:, :heads], kv, self.layer, window, self.config.softmax_scale, self.sinks)
 
 
 def read_attention(config: ModelConfig, index: int, reader: LinearReader) -> Attention:

@@ -34,8 +34,7 @@ class FeedForward:
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """Return [T, D] float32 for `x` [T, D]."""
-        gate_up = self.gate_up_proj(x)
-        return self.down_proj(gated(self.down_proj, gate_up, self.swiglu_alpha, self.swiglu_limit))
+        return self.down_proj(gated(self.gate_up_proj, self.down_proj, x, self.swiglu_alpha, self.swiglu_limit))
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,11 +132,29 @@ def normed(consumer: object, x: Tensor, weight: Tensor, eps: float) -> Tensor | 
     return ops.rms_norm(x, weight, eps)
 
 
-def gated(consumer: object, gate_up: Tensor, alpha: float, limit: float | None) -> Tensor | Quantized:
-    """Return the gated unit of `gate_up` [T, 2 F] as `consumer` takes it; with a limit, the clamped one."""
+def normed_sum(
+    consumer: object, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor | Quantized, Tensor]:
+    """Return `normed` of x + residual, and the sum."""
     if isinstance(consumer, Int8Linear):
-        return Quantized(*ops.swiglu_quantize(gate_up, None if limit is None else alpha, limit))
-    return rowwise.swiglu(gate_up, None if limit is None else alpha, limit)
+        values, scale, total = ops.rms_norm_quantize(x, residual, weight, eps)
+        return Quantized(values, scale), total
+    total = x + residual
+    return ops.rms_norm(total, weight, eps), total
+
+
+def gated(
+    gate_up: Linear, consumer: object, x: Tensor | Quantized, alpha: float, limit: float | None
+) -> Tensor | Quantized:
+    """Return the gated unit of gate_up(x) as `consumer` takes it; with a limit, the clamped one."""
+    clamp = None if limit is None else alpha
+    if not isinstance(consumer, Int8Linear):
+        return rowwise.swiglu(gate_up(x), clamp, limit)
+    if isinstance(gate_up, Int8Linear):
+        x_int8, x_scale = x if isinstance(x, Quantized) else ops.quantize_rows(x)
+        gated = ops.int8_swiglu(x_int8, x_scale, gate_up.weight, gate_up.weight_scale, gate_up.bias, clamp, limit)
+        return Quantized(*gated)
+    return Quantized(*ops.swiglu_quantize(gate_up(x), clamp, limit))
 
 
 def _in_order(tensors: list[Tensor], rows: Tensor | None) -> Tensor:

@@ -62,11 +62,11 @@ class LatentAttention:
         kept = cpu.rounded(torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1), kv_dtype)
         if isinstance(step, PagedStep):
             return self.o_proj(self._paged(q, kept, step))
-        out = torch.empty(q.shape[0], heads * config.v_head_dim)
+        dtype, out = cpu.product_dtype(kv_dtype), torch.empty(len(q), heads * config.v_head_dim)
         for group in step.prefill:
-            out[group.tokens] = self._expanded(q[group.tokens], kept[group.tokens], group, window)
+            self._expanded(q.flatten(1), kept[group.tokens], group, window, dtype, out)
         for decoding in step.decode:
-            latents = decoding.append(kept[decoding.tokens, None], self.layer).float()
+            latents = decoding.append(kept[decoding.tokens, None, None], self.layer)[0].to(dtype)
             out[decoding.tokens] = self._absorbed(q[decoding.tokens], latents, decoding.bias(window))
         return self.o_proj(out)
 
@@ -75,18 +75,22 @@ class LatentAttention:
         q = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         return [config.q_lora_rank or q, config.kv_lora_rank, config.qk_rope_head_dim]
 
-    def _expanded(self, q: Tensor, kept: Tensor, group: PrefillGroup, window: int | None) -> Tensor:
-        """Return [tokens, H * v] over keys and values of every head; what sequences share is expanded once."""
+    def _expanded(
+        self, q: Tensor, kept: Tensor, group: PrefillGroup, window: int | None, dtype: torch.dtype, out: Tensor
+    ) -> None:
+        """Write [tokens, H * v] over keys and values of every head into `out`; what is shared is expanded once."""
         config = self.config
-        heads, widths = config.num_attention_heads, [q.shape[-1], config.v_head_dim]
-        keys_values = group.workspace(heads, sum(widths))
+        heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+        k, v = group.keys_values(heads, (width, config.v_head_dim), dtype)
         for past, run in group.shared_past():
-            keys_values[run, :, past.start : past.end] = self._keys_values(past.layers[self.layer][0]).transpose(0, 1)
-        keys_values[group.owner, :, group.slots] = self._keys_values(kept)
-        group.keep(kept[:, None], self.layer)
-        k, v = keys_values.split(widths, dim=-1)
-        tiles = [(tile.count, tile.bias) for tile in group.tiles(window)]
-        return group.collect(cpu.tiled_attention(group.spread(q), k, v, tiles, config.softmax_scale))
+            expanded = self._keys_values(past.layers[self.layer][0, 0]).transpose(0, 1)
+            k[run, :, past.start : past.end] = expanded[..., :width]
+            v[run, :, past.start : past.end] = expanded[..., width:]
+        expanded = self._keys_values(kept)
+        k[group.owner, :, group.slots] = expanded[..., :width].to(dtype)
+        v[group.owner, :, group.slots] = expanded[..., width:].to(dtype)
+        group.keep(kept[:, None, None], self.layer)
+        group.attend(group.spread_queries(q, heads, width, dtype), k, v, window, config.softmax_scale, None, out)
 
     def _keys_values(self, kept: Tensor) -> Tensor:
         """Return keys and values of every head, side by side [S, H, nope + rope + v], of what is kept [S, R + rope]."""
@@ -99,9 +103,10 @@ class LatentAttention:
 
     def _absorbed(self, q: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
         """Return [B, H * v] for queries [B, H, nope + rope] over what is kept [B, 1, S, R + rope]."""
-        values = latents[..., : self.config.kv_lora_rank]
-        out = cpu.attention(self._latent_q(q)[:, :, None], latents, values, bias, self.config.softmax_scale)
-        return self._values(out[:, :, 0])
+        latent_q = self._latent_q(q)[:, :, None].to(latents.dtype).contiguous()
+        # Values are the first R columns of what is kept; all of them are multiplied, since a part would be copied.
+        out = cpu.attention(latent_q, latents, latents, bias, self.config.softmax_scale)
+        return self._values(out[:, :, 0, : self.config.kv_lora_rank].float())
 
     def _latent_q(self, q: Tensor) -> Tensor:
         """Return queries [B, H, nope + rope] in the space of the latents [B, H, R + rope]."""

@@ -14,12 +14,12 @@ from k2model.config import LatentAttentionConfig, ModelConfig
 from k2model.decoder.attention import Attention, read_attention
 from k2model.decoder.card import check_sizes, on_card
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_feed_forward
-from k2model.decoder.linear import LinearReader, normed
+from k2model.decoder.linear import LinearReader, normed, normed_sum
 from k2model.decoder.mla import LatentAttention, read_latent_attention
 from k2model.decoder.paged import PagedKeyValues, PagedSlots, PagedStep, PagePool
 from k2model.decoder.precision import PRECISIONS, Precision
 from k2model.decoder.rope import cos_sin, inverse_frequencies
-from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots, Span, Step
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from k2model.formats.weights import Weights
 from k2model.parameters import parameters
 from kernels import ops
@@ -42,8 +42,8 @@ class Layer:
     ) -> Tensor:
         """Return the layer's output [T, D] float32 for `x` [T, D]; stores keys and values where the step keeps them."""
         h = normed(self.attention.first, x, self.input_layernorm, self.eps)
-        x = x + self.attention.forward(h, rope, step, window, kv_dtype)
-        h = normed(self.feed_forward.first, x, self.post_attention_layernorm, self.eps)
+        attended = self.attention.forward(h, rope, step, window, kv_dtype)
+        h, x = normed_sum(self.feed_forward.first, x, attended, self.post_attention_layernorm, self.eps)
         return x + self.feed_forward.forward(h)
 
 
@@ -87,7 +87,8 @@ class Decoder:
         pool = None
         if card is not None:
             check_sizes(config)
-            pool = PagePool(config.num_hidden_layers, *kv_shape(config), precision.key_values, card)
+            parts, kv_heads, width = kv_shape(config)
+            pool = PagePool(config.num_hidden_layers, kv_heads, parts * width, precision.key_values, card)
 
         def placed(part: T) -> T:
             return part if card is None else on_card(part, card)
@@ -129,29 +130,30 @@ class Decoder:
     def allocate(self, start: int, count: int) -> KeyValues:
         """Return room for the keys and values of `count` tokens of one sequence, from slot `start` on."""
         if self.pool is not None:
-            return PagedKeyValues([], start, count)
-        kv_heads, width = kv_shape(self.config)
-        return KeyValues([torch.empty(kv_heads, count, width, dtype=self.kv_dtype) for _ in self.layers], start)
+            return PagedKeyValues(torch.empty(0), start, count)
+        parts, kv_heads, width = kv_shape(self.config)
+        shape = (len(self.layers), parts, kv_heads, count, width)
+        return KeyValues(torch.empty(shape, dtype=self.kv_dtype), start)
 
     def allocate_slots(self, rows: int, num_tiles: int) -> Slots:
         """Return room for `rows` sequences that decode, each of up to `num_tiles` tiles."""
         if self.pool is not None:
-            return PagedSlots([], num_tiles, [None] * rows)
-        kv_heads, width = kv_shape(self.config)
-        shape = (rows, kv_heads, num_tiles * TILE, width)
-        return Slots([torch.zeros(shape, dtype=self.kv_dtype) for _ in self.layers])
+            return PagedSlots(torch.empty(0), num_tiles, [None] * rows)
+        parts, kv_heads, width = kv_shape(self.config)
+        shape = (len(self.layers), parts, rows, kv_heads, num_tiles * DECODE_TILE, width)
+        return Slots(torch.empty(shape, dtype=self.kv_dtype))
 
     def forward_one(self, token_ids: Sequence[int]) -> Tensor:
         """Return the hidden states [T, D] of one sequence from its start."""
         return self.forward(self.step([Span(tuple(token_ids))]))
 
 
-def kv_shape(config: ModelConfig) -> tuple[int, int]:
-    """Return how many heads a layer keeps keys and values for, and how wide one's are side by side."""
+def kv_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Return what a layer keeps of a token: parts (keys and values, or the latent alone), their heads, one's width."""
     attention = config.attention
     if isinstance(attention, LatentAttentionConfig):
-        return 1, attention.kv_lora_rank + attention.qk_rope_head_dim
-    return attention.num_key_value_heads, 2 * attention.head_dim
+        return 1, 1, attention.kv_lora_rank + attention.qk_rope_head_dim
+    return 2, attention.num_key_value_heads, attention.head_dim
 
 
 def read_layer(

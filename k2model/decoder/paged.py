@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from k2model.decoder.branches import Branches
-from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots, Span, Step
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from kernels import cpu
 
 PAGE = 64
@@ -124,7 +124,7 @@ class PagedSlots(Slots):
 
     def part(self, rows: range) -> "PagedSlots":
         """Return the sequences of `rows`."""
-        return PagedSlots([], self.tiles, self.tables[rows.start : rows.stop])
+        return PagedSlots(self.layers, self.tiles, self.tables[rows.start : rows.stop])
 
     def fill(self, row: int, parts: Iterable[KeyValues]) -> None:
         """Let the sequence whose last tokens are the last of `parts` have `row`."""
@@ -143,7 +143,7 @@ class PagedSlots(Slots):
 
     def _reaching(self, pages: Pages | None) -> Pages:
         assert pages is not None
-        pages.reach(self.tiles * TILE)
+        pages.reach(self.tiles * DECODE_TILE)
         return pages
 
 

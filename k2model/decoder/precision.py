@@ -1,7 +1,8 @@
 """Precisions: what a decoder rounds its values to, by kind of layer.
 
 A float product is of values rounded to the layer's dtype and is summed in float32, so that 16-bit weights save memory
-and sums lose nothing. Norms, softmax, the residual stream, routing and queries are float32 in every precision.
+and sums lose nothing. Norms, softmax, the residual stream and routing are float32 in every precision; queries are, too,
+unless keys are bfloat16 and the processor multiplies it (`product_dtype` of kernels/cpu.py).
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ PRECISIONS = {
         attention=torch.bfloat16,
         feed_forward=torch.bfloat16,
         head=torch.bfloat16,
-        key_values=torch.float32,
+        key_values=torch.bfloat16,
         expand=False,
     ),
     # float16 has three bits more than bfloat16, and normed inputs of attention fit its range; a gate times up may not.

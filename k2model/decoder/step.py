@@ -10,15 +10,21 @@ Legend: T tokens of the step, B sequences of a group, N tokens that a group of d
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from k2model.decoder.branches import Branches
+from kernels import attention_rows, cpu
 
-TILE = 32
-"""Slots of one product. SmolLM2, 14 prompts of 63 tokens behind 150, attention of a step: 0.75 s with 16, 0.92 with 32,
-1.41 with 64, 1.74 with 128; one of 1,500 tokens: 1.86, 1.81, 1.89, 2.28 (one core, AVX2)."""
+TILE = 64 if cpu.has_bfloat16_product() else 32
+"""Slots of one product. SmolLM2, 14 prompts of 63 tokens behind 150, attention of a step: in bfloat16 by oneDNN 165 ms
+with 16, 120 with 32, 80 with 64, 87 with 128 (two cores, Zen 5); in float32 0.75 s with 16, 0.92 with 32, 1.41 with 64,
+1.74 with 128, and of one prompt of 1,500 tokens 1.86, 1.81, 1.89, 2.28 (one core, AVX2)."""
+
+DECODE_TILE = 32
+"""The same where one token is computed at a time: slots behind it are read for nothing."""
 
 _NO_BRANCHES = Branches()
 
@@ -27,15 +33,15 @@ _NO_BRANCHES = Branches()
 class KeyValues:
     """What attention keeps of consecutive tokens, read by one sequence or by all that begin alike."""
 
-    layers: list[Tensor]
-    """Per layer [G, length, width]: keys and values side by side, or the latent and the rotated key."""
+    layers: Tensor
+    """[layers, 2, G, length, head_dim], keys and values; or [layers, 1, 1, length, width], latents and rotated keys."""
     start: int
     """The first token's slot."""
 
     @property
     def end(self) -> int:
         """The slot behind the last token."""
-        return self.start + self.layers[0].shape[1]
+        return self.start + self.layers.shape[3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,13 @@ class Span:
 
 @dataclass(slots=True)
 class Tile:
-    """The queries of one tile: the first `count` sequences of a group."""
+    """The queries of one tile: those of the first sequences of a group."""
 
-    count: int
+    rows: Tensor
+    """[sequences, 2] int64: where each one's tokens begin and end in the tile."""
     bias: Tensor
-    """[count or 1, TILE, W] float32: 0 or -inf, added to the scores of the last W keys; those before are all seen."""
+    """[sequences or 1, TILE, W] float32: 0 or -inf, added to the scores of the last W keys; those before are all
+    seen."""
 
 
 class PrefillGroup:
@@ -95,10 +103,13 @@ class PrefillGroup:
         self.owner = torch.tensor([b for b, span in enumerate(spans) for _ in range(span.size)])
         """Token to sequence."""
         self.slots = torch.cat([torch.arange(span.start, span.start + span.size) for span in spans])
-        self.query_rows = self.owner * self.num_slots + self.slots - self.first_tile * TILE
-        """Token to its row among all padded query slots."""
+        query_slots = self.slots - self.first_tile * TILE
+        self.query_block = query_slots // TILE * len(spans) + self.owner
+        """Token to its tile of its sequence, where queries stand: [tiles, B]."""
+        self.query_slot = query_slots % TILE
+        """Token to its slot there."""
         self._tiles: dict[int | None, list[Tile]] = {}
-        self._workspaces: dict[tuple[int, int], Tensor] = {}
+        self._rooms: dict[tuple[int, ...], Tensor] = {}
 
     def tiles(self, window: int | None) -> list[Tile]:
         """Return the tiles from the first on, when a token sees no further back than `window` positions."""
@@ -107,29 +118,47 @@ class PrefillGroup:
             self._tiles[window] = [_tile(self.spans, index, window) for index in count]
         return self._tiles[window]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Return `x` [tokens, heads, width] in its slots, the others zero: [B, heads, num_slots, width]."""
-        out = x.new_zeros(len(self.spans) * self.num_slots, *x.shape[1:])
-        out[self.query_rows] = x
-        return out.view(len(self.spans), self.num_slots, *x.shape[1:]).transpose(1, 2)
+    def spread_queries(self, x: Tensor, heads: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Return the first `heads` heads of `x` [T, *] float32 in their slots [tiles, B, heads, TILE, width].
 
-    def workspace(self, heads: int, width: int) -> Tensor:
-        """Return room for every key slot [B, heads, capacity, width] float32, one for all layers; finite everywhere."""
-        if (heads, width) not in self._workspaces:
-            self._workspaces[heads, width] = torch.zeros(len(self.spans), heads, self.capacity, width)
-        return self._workspaces[heads, width]
+        Slots without a token are zero.
+        """
+        out = self._room(0, self.num_slots // TILE, len(self.spans), heads, TILE, width, dtype)
+        attention_rows.spread(x[self.tokens], 0, self.query_block, self.query_slot, out.flatten(0, 1))
+        return out
+
+    def spread_keys(self, x: Tensor, first: int, out: Tensor) -> None:
+        """Write heads of `x` [T, *] float32, from column `first` on, in their slots of `out`, one of `keys_values`."""
+        attention_rows.spread(x[self.tokens], first, self.owner, self.slots, out)
+
+    def keys_values(self, heads: int, widths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return room for every key and every value [B, heads, capacity, width], one for all layers; always finite."""
+        k, v = (self._room(1 + i, len(self.spans), heads, self.capacity, widths[i], dtype) for i in (0, 1))
+        return k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, sinks: Tensor | None, out: Tensor
+    ) -> None:
+        """Write attention of `q`, of `spread_queries`, over `k` and `v`, of `keys_values`, into `out` [T, H * Dv]."""
+        tiles = [(tile.rows, tile.bias) for tile in self.tiles(window)]
+        room = self._room(3, *q.shape[:4], v.shape[3], q.dtype)
+        attended = cpu.tiled_attention(q, k, v, tiles, scale, sinks, room)
+        attention_rows.collect(attended.flatten(0, 1), self.query_block, self.query_slot, out[self.tokens])
+
+    def _room(self, use: int, *shape_and_dtype: Any) -> Tensor:
+        """Return zeros of that shape, or what a layer before left in them."""
+        *shape, dtype = shape_and_dtype
+        if (use, *shape) not in self._rooms:
+            self._rooms[use, *shape] = torch.zeros(shape, dtype=dtype)
+        return self._rooms[use, *shape]
 
     def keep(self, kept: Tensor, layer: int) -> None:
-        """Store what spans are to keep of `kept` [tokens, G, width] in layer `layer`."""
+        """Store what spans are to keep of `kept` [tokens, parts, G, width] in layer `layer`."""
         start = 0
         for span in self.spans:
             if span.keep is not None:
-                span.keep.layers[layer].copy_(kept[start : start + len(span.token_ids)].transpose(0, 1))
+                span.keep.layers[layer].copy_(kept[start : start + len(span.token_ids)].permute(1, 2, 0, 3))
             start += span.size
-
-    def collect(self, x: Tensor) -> Tensor:
-        """Return [tokens, heads * width] of `x` [B, num_slots, heads, width]."""
-        return x.flatten(0, 1)[self.query_rows].flatten(1)
 
     def shared_past(self) -> Iterable[tuple[KeyValues, slice]]:
         """Yield every `KeyValues` that sequences read, with the run of neighbours that read it."""
@@ -153,33 +182,36 @@ def _past(span: Span, level: int) -> KeyValues | None:
 class Slots:
     """Keys and values of sequences that decode, each of up to the same whole number of tiles."""
 
-    layers: list[Tensor]
-    """Per layer [rows, G, tiles * TILE, width]; sequences fill the first rows."""
+    layers: Tensor
+    """[layers, parts, rows, G, tiles * DECODE_TILE, width], parts as of `KeyValues`; sequences fill the first rows.
+    What is behind their tokens is finite."""
 
     @property
     def num_tiles(self) -> int:
         """Tiles of each sequence."""
-        return self.layers[0].shape[2] // TILE
+        return self.layers.shape[4] // DECODE_TILE
 
     @property
     def num_rows(self) -> int:
         """Sequences there is room for."""
-        return self.layers[0].shape[0]
+        return self.layers.shape[2]
 
     def part(self, rows: range) -> "Slots":
         """Return a view of `rows`."""
-        return Slots([layer[rows.start : rows.stop] for layer in self.layers])
+        return Slots(self.layers[:, :, rows.start : rows.stop])
 
     def fill(self, row: int, parts: Iterable[KeyValues]) -> None:
         """Copy `parts`, in order from slot 0 on, into `row`."""
+        end = 0
         for part in parts:
-            for layer, stored in zip(self.layers, part.layers, strict=True):
-                layer[row, :, part.start : part.end] = stored
+            end = part.end
+            self.layers[:, :, row, :, part.start : end] = part.layers
+        self.layers[:, :, row, :, end:] = 0
 
     def take(self, row: int, other: "Slots", other_row: int, num_filled: int) -> None:
         """Let `row` hold what fills `other_row` of `other`, which may have fewer tiles."""
-        for layer, stored in zip(self.layers, other.layers, strict=True):
-            layer[row, :, :num_filled] = stored[other_row, :, :num_filled]
+        self.layers[:, :, row, :, :num_filled] = other.layers[:, :, other_row, :, :num_filled]
+        self.layers[:, :, row, :, num_filled:] = 0
 
     def leave(self, row: int) -> None:
         """Say that `row` is not read any more."""
@@ -199,21 +231,33 @@ class DecodeGroup:
     rows: Tensor | None = None
     """[N] int64: the row of `slots` that each belongs to; None for one token of every row."""
     tokens: slice = field(default_factory=lambda: slice(0, 0))
+    _biases: dict[int | None, Tensor] = field(default_factory=dict)
 
     def append(self, kept: Tensor, layer: int) -> Tensor:
-        """Store `kept` [N, G, width] in layer `layer`; return keys and values for each of them [N, G, slots, width]."""
+        """Store `kept` [N, parts, G, width] in layer `layer`; return what each sees [parts, N, G, slots, width]."""
         stored = self.slots.layers[layer]
-        stored[torch.arange(len(kept)) if self.rows is None else self.rows, :, self.lengths] = kept
-        return stored if self.rows is None else stored[self.rows]
+        stored[:, self.places(), :, self.lengths] = kept
+        return self.seen(layer)
+
+    def places(self) -> Tensor:
+        """Return the row of each new token [N] int64."""
+        return torch.arange(len(self.lengths)) if self.rows is None else self.rows
+
+    def seen(self, layer: int) -> Tensor:
+        """Return what each new token sees in layer `layer` [parts, N, G, slots, width]."""
+        stored = self.slots.layers[layer]
+        return stored if self.rows is None else stored[:, self.rows]
 
     def bias(self, window: int | None) -> Tensor:
         """Return [N, 1, W] float32 for the last W keys, as `Tile.bias`."""
-        width = TILE if window is None else self.slots.num_tiles * TILE
-        keys = torch.arange(self.slots.num_tiles * TILE - width, self.slots.num_tiles * TILE)
-        hidden = keys > self.lengths[:, None]
-        if window is not None:
-            hidden |= self.lengths[:, None] - keys >= window
-        return _bias(hidden)[:, None]
+        if window not in self._biases:
+            end = self.slots.num_tiles * DECODE_TILE
+            keys = torch.arange(end - DECODE_TILE if window is None else 0, end)
+            hidden = keys > self.lengths[:, None]
+            if window is not None:
+                hidden |= self.lengths[:, None] - keys >= window
+            self._biases[window] = _bias(hidden)[:, None]
+        return self._biases[window]
 
 
 class Step:
@@ -242,7 +286,9 @@ class Step:
         self.prefill = list(_groups([spans[index] for index in self.order]))
         self.decode = []
         for group, token_ids in decoding:
-            if (group.lengths // TILE + 1 != group.slots.num_tiles).any():  # `bias` hides slots of the last tile alone
+            if (
+                group.lengths // DECODE_TILE + 1 != group.slots.num_tiles
+            ).any():  # `bias` hides slots of the last tile alone
                 raise ValueError(
                     f"{group.slots.num_tiles=} is not what sequences of {group.lengths.tolist()} tokens fill"
                 )
@@ -283,26 +329,28 @@ def _groups(spans: Sequence[Span]) -> Iterable[PrefillGroup]:
 def _tile(spans: Sequence[Span], index: int, window: int | None) -> Tile:
     """Return tile `index` of `spans`, of which the first reach it."""
     members = [span for span in spans if span.tiles[1] >= index]
-    branched = [b for b, span in enumerate(members) if span.branches.token_ids and span.end < (index + 1) * TILE]
-    first_key = min([index * TILE, *(members[b].end // TILE * TILE for b in branched)])
+    begin = index * TILE
+    rows = torch.tensor([[max(span.start - begin, 0), min(span.start + span.size - begin, TILE)] for span in members])
+    branched = [b for b, span in enumerate(members) if span.branches.token_ids and span.end < begin + TILE]
+    first_key = min([begin, *(members[b].end // TILE * TILE for b in branched)])
     if window is not None:
         first_key = 0
-    queries, keys = torch.arange(index * TILE, (index + 1) * TILE), torch.arange(first_key, (index + 1) * TILE)
+    queries, keys = torch.arange(begin, begin + TILE), torch.arange(first_key, begin + TILE)
     hidden = keys > queries[:, None]
     if window is None and not branched:
-        return Tile(len(members), _bias(hidden)[None])
+        return Tile(rows, _bias(hidden)[None])
     hidden = hidden.repeat(len(members), 1, 1)
     for b in branched:
         _hide_branches(hidden[b], members[b], index, first_key)
     if window is not None:
         for b, span in enumerate(members):
-            places = torch.arange((index + 1) * TILE)
+            places = torch.arange(begin + TILE)
             depths = span.branches.depths[: max(0, len(places) - span.end)]
             places[span.end : span.end + len(depths)] = span.end + torch.tensor(depths, dtype=torch.int64)
             hidden[b] |= places[queries, None] - places[keys] >= window
-    # Slots that hold no token must see something, or they are NaN.
+    # Slots that hold no token must see something where others compute them too (`Group.attend`): else they are NaN.
     hidden[torch.arange(len(members))[:, None], torch.arange(TILE), queries - first_key] = False
-    return Tile(len(members), _bias(hidden))
+    return Tile(rows, _bias(hidden))
 
 
 def _hide_branches(hidden: Tensor, span: Span, index: int, first_key: int) -> None:

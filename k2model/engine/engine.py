@@ -29,8 +29,8 @@ from schemas.errors import EnvironmentMismatch, K2Error
 MAX_NUM_BATCHED_TOKENS = 1024
 """Tokens of a step: its int32 products (12 MB at SmolLM2's widest) still fit the cache of a small server."""
 
-MAX_NUM_KV_TOKENS = 32768
-"""Key-value slots of decoding sequences, taken as they come: at most 1.5 GB for SmolLM2-135M in float32."""
+MAX_NUM_KV_TOKENS = 65536
+"""Key-value slots of decoding sequences, taken as they come: at most 1.5 GB for SmolLM2-135M in bfloat16."""
 
 MAX_NUM_BATCHED_TOKENS_ON_CARD = 8192
 """Tokens of a step there: products of 8,192 by SmolLM2's 1,536 are 768 tiles, six for each multiprocessor of an H100.

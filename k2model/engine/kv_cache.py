@@ -2,7 +2,7 @@
 
 Sequences of as many tiles stand side by side in one block of memory, so that attention reads them where they are: a
 product's shape is then a function of the sequence's own length. One that outgrows its tiles moves to the next block,
-once in `TILE` tokens.
+once in `DECODE_TILE` tokens.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -11,9 +11,12 @@ from typing import Generic, TypeVar
 
 import torch
 
-from k2model.decoder.step import TILE, DecodeGroup, KeyValues, Slots
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots
 
 T = TypeVar("T", bound=Hashable)
+
+_FIRST_ROWS = 8
+"""Room of a block at first; it doubles."""
 
 
 @dataclass(slots=True)
@@ -28,7 +31,7 @@ class Block(Generic[T]):
     @property
     def num_slots(self) -> int:
         """Slots of each sequence."""
-        return self.slots.num_tiles * TILE
+        return self.slots.num_tiles * DECODE_TILE
 
     def group(self, rows: range) -> DecodeGroup:
         """Return what a step needs to add a token to each of `rows`."""
@@ -60,7 +63,7 @@ class KvCache(Generic[T]):
     def add(self, owner: T, parts: Sequence[KeyValues]) -> None:
         """Take in a sequence whose tokens so far are `parts`, in order from slot 0 on."""
         length = parts[-1].end
-        block, row = self._room(length // TILE + 1)
+        block, row = self._room(length // DECODE_TILE + 1)
         block.slots.fill(row, parts)
         block.owners.append(owner)
         block.lengths.append(length)
@@ -88,7 +91,7 @@ class KvCache(Generic[T]):
         """Return the block of `num_tiles` tiles with a free row, and that row."""
         block = self.blocks.get(num_tiles)
         if block is None:
-            block = self.blocks[num_tiles] = Block(self.allocate(4, num_tiles))
+            block = self.blocks[num_tiles] = Block(self.allocate(_FIRST_ROWS, num_tiles))
         row, capacity = len(block.owners), block.slots.num_rows
         if row == capacity:
             wider = self.allocate(2 * capacity, num_tiles)

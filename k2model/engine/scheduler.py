@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from k2model.decoder.step import TILE
+from k2model.decoder.step import DECODE_TILE, TILE
 from k2model.engine.candidates import CandidateTree, candidate_tree
 from k2model.engine.prefix import Segment, share
 from k2model.engine.request import Completion, Request
@@ -73,7 +73,9 @@ class Sequence:
     def num_kv_tokens(self) -> int:
         """Key-value slots it may come to hold while it decodes; scoring holds none."""
         request = self.request
-        return -(-(len(request.prompt_ids) + request.max_tokens) // TILE) * TILE if request.max_tokens else 0
+        if not request.max_tokens:
+            return 0
+        return -(-(len(request.prompt_ids) + request.max_tokens) // DECODE_TILE) * DECODE_TILE
 
     @property
     def is_wanted(self) -> bool:

@@ -29,8 +29,9 @@ DEFAULT_CHECKPOINT = "smollm2-135m-instruct"
 K2_MINI = "k2-mini"
 """The embedded model for the labels it was trained on and nothing else; k2model/k2_mini/README.md has them."""
 
-RECIPE = 3
-"""Part of every fingerprint: raised when converting the same checkpoint would give other weights."""
+RECIPE = 4
+"""Part of every fingerprint: raised when converting the same checkpoint would give other weights, or computing the same
+weights other bits."""
 
 _WANTED = (".json", ".jinja", ".model")
 """Endings of what a checkpoint holds beside its weights; `.model` is a tokenizer's vocabulary."""
@@ -164,7 +165,8 @@ def wanted_files(folder: Folder) -> list[str]:
 def fingerprint(name: str, precision: str, router_thresholds: Sequence[float] = (), device: str = "cpu") -> str:
     """Return 16 hex digits that name the weights, the conversion and how they are computed: same digits, same bits.
 
-    Cards of one kind, that is: another compute capability may sum in another order.
+    On processors and cards of one kind, that is: one with bfloat16 products rounds more, another card sums in another
+    order.
 
     Reads every byte of the checkpoint, but loads no model. Raises: CheckpointError; SpecError for thresholds of another
     model.
