@@ -1,13 +1,17 @@
 """Proof of a run from its files alone: every input row is in the output once, unchanged, beside its annotation.
 
 Reads the plan, receipts, manifest, data, rejects and the input files; trusts none of them. A few units are in memory at
-a time, so that waits on a store overlap.
+a time, so that waits on a store overlap; many are shared among processes, one to a core.
 """
 
 import hashlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import chain, repeat
+from multiprocessing import get_context
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,6 +45,11 @@ _MANIFEST_KEYS = (
 )
 
 
+_PAGE = 500
+_MANY = 4000
+"""From so many units on, processes are worth their start: a second each."""
+
+
 def verify(run_url: str) -> list[str]:
     """Return every problem found in the run in the folder `run_url`, as sentences; empty if the run is proven.
 
@@ -52,10 +61,27 @@ def verify(run_url: str) -> list[str]:
     """
     plan = read_plan(run_url)
     problems = list(_check_tiling(plan))
-    for found in storage.in_threads(lambda unit: _problems(plan, unit), plan.units):
-        problems.extend(found)
+    problems.extend(chain.from_iterable(_unit_problems(plan)))
     problems.extend(_check_manifest(plan))
     return problems
+
+
+def _unit_problems(plan: Plan) -> Iterator[list[str]]:
+    """Yield the problems of every unit, some units at a time, in the plan's order."""
+    pages = [plan.units[start : start + _PAGE] for start in range(0, len(plan.units), _PAGE)]
+    head = replace(plan, units=())
+    if len(plan.units) < _MANY:
+        yield from map(_page_problems, repeat(head), pages)
+        return
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_page_problems, repeat(head), pages)
+
+
+def _page_problems(plan: Plan, units: Sequence[Unit]) -> list[str]:
+    if all(map(storage.is_local, [plan.output, *{unit.url for unit in units}])):
+        # Nothing is waited for but Python's lock: 1.2 ms a unit, 1.8 in sixteen threads.
+        return [problem for unit in units for problem in _problems(plan, unit)]
+    return [*chain.from_iterable(storage.in_threads(lambda unit: _problems(plan, unit), units))]
 
 
 def _problems(plan: Plan, unit: Unit) -> tuple[str, ...]:

@@ -69,6 +69,16 @@ def test_sound_run_is_proven(plan: Plan, tmp_path: Path) -> None:
     assert verify(str(tmp_path / "moved" / plan.run_id)) == []
 
 
+def test_processes_find_what_one_finds_in_the_same_order(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.unlink(receipt_url(plan, plan.units[3].unit_id))
+    forge(plan, lambda table: with_value(table, "body", 2, "forged"))
+    expected = verify(plan.output)
+    assert len(expected) >= 3
+    monkeypatch.setattr("jobs.verify._MANY", 1)
+    monkeypatch.setattr("jobs.verify._PAGE", 1)
+    assert verify(plan.output) == expected
+
+
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="not a run"):
         verify(str(tmp_path))
