@@ -44,7 +44,7 @@ def scale(num_units: int) -> dict[str, Any]:
 
     Input files are real: Parquet of `UNITS_PER_FILE` row groups, a unit each, under many names. So are data files and
     receipts, of made-up answers: `verify` proves the run. Each step has a process of its own; what it needs is loaded
-    there, too, which counts for its memory and not for its time. Processes that `verify` starts count for its time alone.
+    there, too, which counts for its memory and not for its time. Those that `verify` starts count for its time alone.
 
     Raises: K2Error if the run is not proven.
     """

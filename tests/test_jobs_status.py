@@ -1,7 +1,13 @@
 """How a run stands, told from its folder alone."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,9 +16,12 @@ from jobs.status import as_text, status
 from pipelines import commit, poison
 from pipelines.commit import read_receipts, write_plan
 from pipelines.finalize import finalize
-from pipelines.stop import BEAT_S, Call, write_call
+from pipelines.stop import BEAT_S, SILENCE_S, Call, write_call
 from schemas.runs import Plan, Receipt
+from tests.fake_jobs import job_file
 from tests.fakes import FINGERPRINT, annotate_directly, fake_plan, tickets, write_tickets
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -112,3 +121,52 @@ def test_a_complete_run_has_the_last_word(plan: Plan) -> None:
     assert manifest is not None
     assert (facts["status"], facts["outcome"], facts["seconds_left"]) == ("complete", "complete", 0.0)
     assert "to go" not in as_text(facts)
+
+
+def watched(run_url: str) -> dict[str, Any]:
+    """Return what another process tells of the run."""
+    command = [sys.executable, "-m", "jobs.cli", "status", run_url, "--json"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.returncode in (0, 5), said.stderr
+    facts: dict[str, Any] = json.loads(said.stdout)
+    return facts
+
+
+def started(job: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "jobs.cli", "run", str(job), "--progress", "json"]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=quiet, stderr=quiet)
+
+
+def test_another_process_watches_a_run_that_is_killed_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("K2BATCH_CACHE", str(tmp_path / "cache"))
+    job = job_file(tmp_path)
+    write_tickets(tmp_path / "in", "a.parquet", tickets(600), row_group_size=10)
+    driver = started(job)
+    seen: list[dict[str, Any]] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not (seen and seen[-1]["units_done"] >= 5):
+            assert driver.poll() is None, "the run ended before anybody saw it"
+            assert time.monotonic() < deadline, seen[-1:]
+            seen += [watched(str(folder)) for folder in (tmp_path / "out").glob("sweep-*") if folder.is_dir()]
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert {facts["outcome"] for facts in seen if facts["units_done"]} == {"running"}
+    assert [facts["units_done"] for facts in seen] == sorted(facts["units_done"] for facts in seen)
+    run_url = seen[-1]["output"]
+    with monkeypatch.context() as later:
+        later.setattr("jobs.status.time.time", lambda now=time.time: now() + 2 * SILENCE_S)
+        killed, _ = status(run_url)
+    assert (killed["status"], killed["outcome"], killed["units_under_way"]) == ("unfinished", "killed", 0)
+    assert seen[-1]["units_done"] <= killed["units_done"] < killed["units"]
+
+    driver = started(job)
+    assert driver.wait(timeout=120) == 0
+    facts = watched(run_url)
+    assert (facts["status"], facts["units_done"], facts["units_abandoned"]) == ("complete", 60, 0)
+    assert facts["rows_annotated"] + facts["rows_rejected"] == 600
+    assert facts["seconds"] > killed["seconds"]  # both calls are counted
