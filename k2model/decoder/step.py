@@ -286,9 +286,8 @@ class Step:
         self.prefill = list(_groups([spans[index] for index in self.order]))
         self.decode = []
         for group, token_ids in decoding:
-            if (
-                group.lengths // DECODE_TILE + 1 != group.slots.num_tiles
-            ).any():  # `bias` hides slots of the last tile alone
+            # `bias` hides slots of the last tile alone.
+            if (group.lengths // DECODE_TILE + 1 != group.slots.num_tiles).any():
                 raise ValueError(
                     f"{group.slots.num_tiles=} is not what sequences of {group.lengths.tolist()} tokens fill"
                 )
