@@ -57,17 +57,17 @@ def _softmax(row: Any, bias: Any, scale: Any, sink: Any, powers: Any) -> None:
         row[i] = row[i] * scale
     for i in range(bias.size):
         row[first + i] = row[first + i] * scale + bias[i]
-    highest = np.full(1, sink, np.float32)
-    ordered = highest.view(np.int32)
-    most = ordered[0] ^ ((ordered[0] >> _SIGN_SHIFT) & _NO_SIGN)
+    factor[0] = sink
+    most = powers[0] ^ ((powers[0] >> _SIGN_SHIFT) & _NO_SIGN)
     for i in range(row.size):  # as integers, which compilers may compare in any order
         most = max(most, bits[i] ^ ((bits[i] >> _SIGN_SHIFT) & _NO_SIGN))
-    ordered[0] = most ^ ((most >> _SIGN_SHIFT) & _NO_SIGN)
-    top = highest[0]
+    powers[0] = most ^ ((most >> _SIGN_SHIFT) & _NO_SIGN)
+    top = factor[0]
     for i in range(row.size):
         x = row[i] - top
-        part, powers[i] = exp_parts(max(x, -FARTHEST))
-        row[i] = part if x >= -FARTHEST else _ZERO
+        is_far = x < -FARTHEST  # never of NaN, which stays one
+        part, powers[i] = exp_parts(-FARTHEST if is_far else x)
+        row[i] = _ZERO if is_far else part
     for i in range(row.size):
         row[i] *= factor[i]
     whole = np.int64(0)
@@ -200,9 +200,13 @@ def spread(x: Tensor, first: int, block: Tensor, slot: Tensor, out: Tensor) -> N
         first: the column where its heads begin.
         block: [T] int64.
         slot: [T] int64.
-        out: [*, H, R, D] float32 or bfloat16, contiguous; other slots stay as they are.
+        out: [*, H, R, D] float32, bfloat16 or float16, contiguous; other slots stay as they are.
     """
     size = len(x) * out.shape[1] * out.shape[3]
+    if out.dtype == torch.float16:  # numba does not know it
+        heads = x[:, first : first + out.shape[1] * out.shape[3]].unflatten(1, (out.shape[1], out.shape[3]))
+        out[block, :, slot] = heads.to(torch.float16)
+        return
     run(_SPREAD[out.dtype], size, _values(x), first, block.numpy(), slot.numpy(), _values(out))
 
 

@@ -257,7 +257,7 @@ def attention(
     kv_heads, keys = k.shape[1:3]
     stacked = (batch * kv_heads, heads // kv_heads * length)
     scores = torch.bmm(q.view(*stacked, head_dim), k.flatten(0, 1).transpose(1, 2))
-    counted = torch.tensor([[0, length]]).expand(batch, 2) if rows is None else rows
+    counted = torch.tensor([[0, length]] * batch) if rows is None else rows
     attention_rows.softmax_(scores.view(batch, heads, length, keys), bias, counted, sinks, scale)
     if out is None:
         out = q.new_empty(batch, heads, length, v.shape[3])

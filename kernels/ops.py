@@ -230,17 +230,9 @@ def _fake_route(
     )
 
 
-def _int8_swiglu_on_card(
-    x_int8: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    alpha: float | None,
-    limit: float | None,
-) -> tuple[Tensor, Tensor]:
-    gate_up = int8_linear(x_int8, x_scale, weight, weight_scale, bias)
-    return swiglu_quantize(gate_up, alpha, limit)
+def _int8_swiglu_on_card(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *product, alpha, limit = arguments
+    return swiglu_quantize(int8_linear(*product), alpha, limit)
 
 
 def _fake_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -71,6 +71,16 @@ def test_a_lower_sink_and_a_far_key_weigh_nothing_and_one_alone_weighs_all() -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000])  # of either sign: processors make the negative one
+def test_a_score_that_is_none_spoils_its_row_and_no_other(dtype: torch.dtype, bits: int) -> None:
+    scores = torch.zeros(1, 1, 2, 40)
+    scores.view(torch.int32)[0, 0, 0, 7] = bits
+    got = soft(scores.to(dtype), torch.zeros(1, 2, 1), torch.tensor([[0, 2]]), None, 1.0)
+    assert got[0, 0, 0].isnan().any()
+    torch.testing.assert_close(got[0, 0, 1], torch.full((40,), 1 / 40, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_do_not_count_are_left_and_the_others_have_their_own_bits(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     scores = torch.randn(40, 4, 8, 96).to(dtype)
@@ -101,6 +111,14 @@ def test_rotating_in_place_is_its_twin(t: int, heads: int, d: int) -> None:
     attention_rows.rotate_(got, angles.cos(), angles.sin(), heads)
     torch.testing.assert_close(got[:, : heads * d].view(t, heads, d), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(got[:, heads * d :], x[:, heads * d :])
+
+
+@pytest.mark.parametrize("t", [1, 41])
+def test_float16_is_spread_too(t: int) -> None:
+    x, out = torch.randn(t, 80), torch.full((t, 3, 2, 16), NAN, dtype=torch.float16)
+    attention_rows.spread(x, 16, torch.arange(t), torch.arange(t) % 2, out)
+    assert torch.equal(out[torch.arange(t), :, torch.arange(t) % 2], x[:, 16:64].to(torch.float16).view(t, 3, 16))
+    assert int(out.isnan().sum()) == t * 3 * 16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

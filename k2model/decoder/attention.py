@@ -67,12 +67,7 @@ class Attention:
             q = group.spread_queries(qkv, heads, head_dim, dtype)
             group.attend(q, k, v, window, config.softmax_scale, self.sinks, out)
         for decoding in step.decode:
-            if dtype == kv_dtype:
-                for part, first in zip(decoding.slots.layers[self.layer], (q_width, q_width + kv_width), strict=True):
-                    attention_rows.spread(qkv[decoding.tokens], first, decoding.places(), decoding.lengths, part)
-                k, v = decoding.seen(self.layer)
-            else:
-                k, v = decoding.append(kept[decoding.tokens].to(kv_dtype), self.layer).to(dtype)
+            k, v = decoding.append(qkv, (q_width, q_width + kv_width), self.layer).to(dtype)
             q = by_head[decoding.tokens, :heads].to(dtype).contiguous()[:, :, None]
             attended = cpu.attention(q, k, v, decoding.bias(window), config.softmax_scale, self.sinks)
             out[decoding.tokens] = attended.flatten(1)

@@ -66,7 +66,7 @@ class LatentAttention:
         for group in step.prefill:
             self._expanded(q.flatten(1), kept[group.tokens], group, window, dtype, out)
         for decoding in step.decode:
-            latents = decoding.append(kept[decoding.tokens, None, None], self.layer)[0].to(dtype)
+            latents = decoding.append(kept.float(), (0,), self.layer)[0].to(dtype)
             out[decoding.tokens] = self._absorbed(q[decoding.tokens], latents, decoding.bias(window))
         return self.o_proj(out)
 

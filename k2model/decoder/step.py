@@ -10,7 +10,6 @@ Legend: T tokens of the step, B sequences of a group, N tokens that a group of d
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class PrefillGroup:
         self.query_slot = query_slots % TILE
         """Token to its slot there."""
         self._tiles: dict[int | None, list[Tile]] = {}
-        self._rooms: dict[tuple[int, ...], Tensor] = {}
+        self._rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def tiles(self, window: int | None) -> list[Tile]:
         """Return the tiles from the first on, when a token sees no further back than `window` positions."""
@@ -123,7 +122,7 @@ class PrefillGroup:
 
         Slots without a token are zero.
         """
-        out = self._room(0, self.num_slots // TILE, len(self.spans), heads, TILE, width, dtype)
+        out = self._room("queries", (self.num_slots // TILE, len(self.spans), heads, TILE, width), dtype)
         attention_rows.spread(x[self.tokens], 0, self.query_block, self.query_slot, out.flatten(0, 1))
         return out
 
@@ -133,24 +132,23 @@ class PrefillGroup:
 
     def keys_values(self, heads: int, widths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return room for every key and every value [B, heads, capacity, width], one for all layers; always finite."""
-        k, v = (self._room(1 + i, len(self.spans), heads, self.capacity, widths[i], dtype) for i in (0, 1))
-        return k, v
+        shape = (len(self.spans), heads, self.capacity)
+        return self._room("keys", (*shape, widths[0]), dtype), self._room("values", (*shape, widths[1]), dtype)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, sinks: Tensor | None, out: Tensor
     ) -> None:
         """Write attention of `q`, of `spread_queries`, over `k` and `v`, of `keys_values`, into `out` [T, H * Dv]."""
         tiles = [(tile.rows, tile.bias) for tile in self.tiles(window)]
-        room = self._room(3, *q.shape[:4], v.shape[3], q.dtype)
-        attended = cpu.tiled_attention(q, k, v, tiles, scale, sinks, room)
+        attended = self._room("attended", (*q.shape[:4], v.shape[3]), q.dtype)
+        cpu.tiled_attention(q, k, v, tiles, scale, sinks, attended)
         attention_rows.collect(attended.flatten(0, 1), self.query_block, self.query_slot, out[self.tokens])
 
-    def _room(self, use: int, *shape_and_dtype: Any) -> Tensor:
+    def _room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return zeros of that shape, or what a layer before left in them."""
-        *shape, dtype = shape_and_dtype
-        if (use, *shape) not in self._rooms:
-            self._rooms[use, *shape] = torch.zeros(shape, dtype=dtype)
-        return self._rooms[use, *shape]
+        if (use, shape) not in self._rooms:
+            self._rooms[use, shape] = torch.zeros(shape, dtype=dtype)
+        return self._rooms[use, shape]
 
     def keep(self, kept: Tensor, layer: int) -> None:
         """Store what spans are to keep of `kept` [tokens, parts, G, width] in layer `layer`."""
@@ -233,19 +231,18 @@ class DecodeGroup:
     tokens: slice = field(default_factory=lambda: slice(0, 0))
     _biases: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def append(self, kept: Tensor, layer: int) -> Tensor:
-        """Store `kept` [N, parts, G, width] in layer `layer`; return what each sees [parts, N, G, slots, width]."""
-        stored = self.slots.layers[layer]
-        stored[:, self.places(), :, self.lengths] = kept
-        return self.seen(layer)
+    def append(self, x: Tensor, columns: Sequence[int], layer: int) -> Tensor:
+        """Store what is kept of each new token in layer `layer`; return what each sees [parts, N, G, slots, width].
 
-    def places(self) -> Tensor:
-        """Return the row of each new token [N] int64."""
-        return torch.arange(len(self.lengths)) if self.rows is None else self.rows
-
-    def seen(self, layer: int) -> Tensor:
-        """Return what each new token sees in layer `layer` [parts, N, G, slots, width]."""
+        Args:
+            x: [T, *] float32, rows of the whole step.
+            columns: where each part's heads begin in a row.
+            layer: the layer's number.
+        """
         stored = self.slots.layers[layer]
+        rows = torch.arange(len(self.lengths)) if self.rows is None else self.rows
+        for part, first in zip(stored, columns, strict=True):
+            attention_rows.spread(x[self.tokens], first, rows, self.lengths, part)
         return stored if self.rows is None else stored[:, self.rows]
 
     def bias(self, window: int | None) -> Tensor:
