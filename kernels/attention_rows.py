@@ -23,7 +23,7 @@ _UNIT = np.float32(2**30)
 _BLOCKS = 4
 """Heads of sequences that share what they are computed in: where each has one row, to allocate it takes as long."""
 
-_SIGN_SHIFT, _NO_SIGN = np.int32(31), np.int32(0x7FFFFFFF)
+_SIGN_SHIFT, _NO_SIGN, _INFINITE = np.int32(31), np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _WORD, _HIGH, _LAST = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 _INFINITY, _NAN, _POSITIVE = np.uint32(0x7F800000), np.uint32(0x7FC00000), np.uint32(0x7FFFFFFF)
 
@@ -59,15 +59,17 @@ def _softmax(row: Any, bias: Any, scale: Any, sink: Any, powers: Any) -> None:
         row[first + i] = row[first + i] * scale + bias[i]
     factor[0] = sink
     most = powers[0] ^ ((powers[0] >> _SIGN_SHIFT) & _NO_SIGN)
+    farthest = np.int32(0)
     for i in range(row.size):  # as integers, which compilers may compare in any order
         most = max(most, bits[i] ^ ((bits[i] >> _SIGN_SHIFT) & _NO_SIGN))
+        farthest = max(farthest, bits[i] & _NO_SIGN)
     powers[0] = most ^ ((most >> _SIGN_SHIFT) & _NO_SIGN)
-    top = factor[0]
+    # One score that is NaN, of either sign, makes the row NaN: by a sum of 0, as no score is near it.
+    top = factor[0] if farthest <= _INFINITE else np.float32(np.nan)
     for i in range(row.size):
         x = row[i] - top
-        is_far = x < -FARTHEST  # never of NaN, which stays one
-        part, powers[i] = exp_parts(-FARTHEST if is_far else x)
-        row[i] = _ZERO if is_far else part
+        part, powers[i] = exp_parts(max(x, -FARTHEST))
+        row[i] = part if x >= -FARTHEST else _ZERO
     for i in range(row.size):
         row[i] *= factor[i]
     whole = np.int64(0)

@@ -96,8 +96,8 @@ def test_logits_are_those_of_the_cpu(folders: dict[str, Path], family: str, prec
     if precision.startswith("int8") and family != "llama":
         assert isinstance(decoder.layers[-1].feed_forward, StackedExperts)
     # Values rounded to so many bits, sums in another order: each layer adds twice to the stream, by sums of at most
-    # 2**8 terms, whose roundings grow as their root. Keys and values are bfloat16 beside INT8. Of INT8's inputs a few (4)
-    # fall to the other side of a tie, each a step of 2**-7 in a sum that is 2**4 times a term: 2**-9 = 2**(4 - 13).
+    # 2**8 terms, whose roundings grow as their root. Keys and values are bfloat16 beside INT8. Of INT8's inputs a few
+    # (4) fall to the other side of a tie, each a step of 2**-7 in a sum that is 2**4 times a term: 2**-9 = 2**(4 - 13).
     largest = float(right.abs().max()) * 2**-bits * 2**4 * 2 * len(decoder.layers)
     torch.testing.assert_close(found, right, rtol=0, atol=largest)
 
