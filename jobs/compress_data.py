@@ -6,8 +6,10 @@ training that was interrupted goes on as if it had not been.
 """
 
 import random
+import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -80,7 +82,7 @@ def _question(recipe: Recipe, dataset: DataSet, data: DataTask) -> Question:
         data=data,
         weight=dataset.weight / len(dataset.tasks),
         rows=_some(learned, dataset.rows, draw),
-        watched=_some(watched, recipe.validation_rows, draw),
+        watched=_some(watched, recipe.watched_rows, draw),
         held_back=_some(held_back, recipe.validation_rows, draw),
         left_out={reason: count for reason, count in left_out.items() if count},
     )
@@ -190,10 +192,14 @@ class Batches:
             question.rows[self._order(question, at // total)[at % total]]
             for at in range(place * size, (place + 1) * size)
         ]
-        if question.task.kind == "choose_many":
-            return _batch(self._prompts(question.task), question.task, rows, question.data.label_sample, draw)
-        task, rows = _sampled(question, rows, draw)
-        return _batch(self._prompts(task), task, rows)
+        task = question.task
+        if task.kind == "choose":
+            task, rows = _sampled(question, rows, draw)
+        if question.data.renamed and draw.random() < question.data.renamed:
+            task, rows = in_other_words(question.data, task, rows, draw)
+        # Without a limit: all rows fit it with the task as it is, and other words may be a little longer.
+        prompts = Prompts([task], self._tokenizer, sys.maxsize)
+        return _batch(prompts, task, rows, question.data.label_sample if task.kind == "choose_many" else 0, draw)
 
     def _order(self, question: Question, time: int) -> list[int]:
         """Return the order in which the rows are had for the `time`-th time; the last one is kept."""
@@ -219,6 +225,48 @@ class Batches:
         rows = [row for row in rows if row.truth is not None or not self._is_labelled]
         asked = prompts.requests_of([row.text for row in rows])
         return tuple(row for row, requests in zip(rows, asked, strict=True) if not isinstance(requests, RowError))
+
+
+def in_other_words(data: DataTask, task: Task, rows: Sequence[Row], draw: random.Random) -> tuple[Task, list[Row]]:
+    """Return `task`, `data.task` or one with some of its labels, called by other words, and the rows likewise.
+
+    All labels are spelled in one way. Labels that come to be called alike become one, if another is left beside it;
+    what they mean is told every other time.
+    """
+    count = max(map(len, data.also.values()), default=0)
+    number, spell, is_told = draw.randint(0, count), draw.choice(_SPELLINGS), draw.random() < 0.5
+    meanings: dict[str, list[str]] = {}
+    places = []
+    for label, meaning in task.labels.items():
+        words = (label, *data.also.get(label, ()))
+        new = spell(words[number % len(words)])
+        meanings.setdefault(new, []).extend([meaning] if meaning and is_told else [])
+        places.append([*meanings].index(new))
+    if len(meanings) < 2:
+        return task, list(rows)
+    labels = {label: "; or ".join(dict.fromkeys(meaning)) for label, meaning in meanings.items()}
+    name = draw.choice((task.name, *data.names))
+    renamed = [
+        row if row.truth is None else replace(row, truth=tuple(sorted({places[place] for place in row.truth})))
+        for row in rows
+    ]
+    return replace(task, name=name, labels=labels), renamed
+
+
+def _words(label: str) -> list[str]:
+    """Return the words of a label as people write them: `card_arrival`, `CardArrival` or `card arrival`."""
+    return re.findall(r"[A-Z]?[a-z']+|[A-Z]+(?![a-z])|[0-9]+|[^\W\d_a-zA-Z]+", label)
+
+
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda label: label,
+    lambda label: " ".join(_words(label)).lower() or label,
+    lambda label: "_".join(_words(label)).lower() or label,
+    lambda label: "-".join(_words(label)).lower() or label,
+    lambda label: " ".join(_words(label)).capitalize() or label,
+    lambda label: " ".join(word.capitalize() for word in _words(label)) or label,
+    lambda label: "".join(word.capitalize() for word in _words(label)) or label,
+)
 
 
 def _sampled(question: Question, rows: Sequence[Row], draw: random.Random) -> tuple[Task, list[Row]]:

@@ -4,7 +4,7 @@ Relative paths are relative to the current folder, those of data to the folder t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
@@ -49,12 +49,18 @@ OPTIONS: dict[str, dict[str, Value]] = {
 
 _CHOICES = {"layers_by": ("importance", "depth"), "device": ("cpu", "cuda")}
 
+_LEARNING = ("truth", "label_sample", "renamed", "names", "also")
+"""Keys of a task that a job's task does not have."""
+
 _KEYS: dict[str, tuple[str, ...]] = {
     "": ("compress", "data", "step"),
-    "compress": ("teacher", "output", "seed", "seeds", "max_prompt_tokens", "validation_rows", "speed_rows"),
+    "compress": (
+        *("teacher", "output", "seed", "seeds", "max_prompt_tokens"),
+        *("watched_rows", "validation_rows", "speed_rows"),
+    ),
     "data": ("name", "urls", "validation", "held_back", "columns", "weight", "rows", "task"),
     "data.columns": ("id", "text"),
-    "data.task": ("name", "kind", "labels", "labels_from", "guidelines", "threshold", "truth", "label_sample"),
+    "data.task": ("name", "kind", "labels", "labels_from", "guidelines", "threshold", *_LEARNING),
     "step": ("kind", *dict.fromkeys(key for options in OPTIONS.values() for key in options)),
 }
 
@@ -71,6 +77,12 @@ class DataTask:
     `choose_many`: labels that are asked about a ticket at most, all right ones first, drawn anew each time; 0 for all.
     Right ones are so met more often than in life, and scores come out higher than shares: as if by a lower threshold.
     """
+    renamed: float = 0.0
+    """Share of the batches that ask in other words, so that a student learns to read labels instead of knowing them."""
+    names: tuple[str, ...] = ()
+    """What the task may be called in those."""
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Label to what else it may be called in those; the n-th words of all labels go together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +134,8 @@ class Recipe:
     seeds: int
     """Times that the steps are done: with `seed`, the next one, and so on."""
     max_prompt_tokens: int
+    watched_rows: int
+    """Of those learned from of each set and task, that tell when a training is at its best, at most; 0 for all."""
     validation_rows: int
     """Of each set and task, that every checkpoint is judged by at most; 0 for all."""
     speed_rows: int
@@ -158,6 +172,7 @@ def load_recipe(path: str, data: str = "", overrides: Mapping[str, Any] | None =
         seed=section.integer("seed", 0, least=0),
         seeds=section.integer("seeds", 1),
         max_prompt_tokens=section.integer("max_prompt_tokens", 2048),
+        watched_rows=section.integer("watched_rows", 500, least=0),
         validation_rows=section.integer("validation_rows", 500, least=0),
         speed_rows=section.integer("speed_rows", 64, least=0),
         data=_data(root, data),
@@ -226,8 +241,28 @@ def _task(section: Section, urls: Sequence[str]) -> DataTask:
     label_sample = section.integer("label_sample", 0, least=0)
     if label_sample == 1:
         raise section.wrong("label_sample", "at least 2, or 0 for all")
-    own = {key: value for key, value in table.items() if key not in ("truth", "labels_from", "label_sample")}
-    return DataTask(task=read_task(replace(section, table=own)), truth=truth, label_sample=label_sample)
+    own = {key: value for key, value in table.items() if key not in ("labels_from", *_LEARNING)}
+    task = read_task(replace(section, table=own))
+    return DataTask(
+        task=task,
+        truth=truth,
+        label_sample=label_sample,
+        renamed=section.share("renamed", 0.0),
+        names=section.texts("names"),
+        also=_also(section, task),
+    )
+
+
+def _also(section: Section, task: Task) -> dict[str, tuple[str, ...]]:
+    table = section.table.get("also", {})
+    if not isinstance(table, dict):
+        raise section.wrong("also", 'a table of label = ["other words", ...]')
+    inner = replace(section, name=f"{section.name}.also", table=table, number=0)
+    for label in table:
+        if label not in task.labels:
+            remedy = f"known: {', '.join(task.labels)}"[:500]
+            raise SpecError(f'{section.where("also")}: "{label}" is no label of task "{task.name}"', remedy=remedy)
+    return {label: inner.texts(label) for label in table}
 
 
 def _labels_of(truth: str, urls: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a student learns from: prompts of a run to the token, other labels each time, no row on two sides."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs.compress_data import Batches, Question, read_questions
+from jobs.compress_data import Batches, Question, Row, in_other_words, read_questions
 from jobs.compress_recipe import DataSet, DataTask, Recipe
 from k2model.compress.examples import Batch, Example
 from pipelines.prompts import Prompts
@@ -33,7 +34,17 @@ def table(rows: int = 60) -> pa.Table:
     )
 
 
-def recipe(tmp_path: Path, task: Task = INTENT, *, label_sample: int = 0, truth: str = "label", **more: Any) -> Recipe:
+def recipe(
+    tmp_path: Path,
+    task: Task = INTENT,
+    *,
+    label_sample: int = 0,
+    truth: str = "label",
+    words: dict[str, Any] | None = None,
+    watched_rows: int = 500,
+    validation_rows: int = 500,
+    **more: Any,
+) -> Recipe:
     dataset = DataSet(
         name="bank",
         urls=(str(tmp_path / "train.parquet"),),
@@ -42,7 +53,7 @@ def recipe(tmp_path: Path, task: Task = INTENT, *, label_sample: int = 0, truth:
         columns=TicketColumns(id="id", text=("text",)),
         weight=1.0,
         rows=0,
-        tasks=(DataTask(task=task, truth=truth, label_sample=label_sample),),
+        tasks=(DataTask(task=task, truth=truth, label_sample=label_sample, **(words or {})),),
     )
     return Recipe(
         teacher="t",
@@ -50,7 +61,8 @@ def recipe(tmp_path: Path, task: Task = INTENT, *, label_sample: int = 0, truth:
         seed=0,
         seeds=1,
         max_prompt_tokens=2048,
-        validation_rows=500,
+        watched_rows=watched_rows,
+        validation_rows=validation_rows,
         speed_rows=0,
         data=(replace(dataset, **more),),
         steps=(),
@@ -110,6 +122,14 @@ def test_no_text_is_on_two_sides_and_every_row_is_had_each_epoch(tmp_path: Path)
     assert {body(e) for batch in batches(asked).validation() for e in batch.examples} == sides[1]
 
 
+def test_those_that_watch_and_those_that_judge_are_limited_each(tmp_path: Path) -> None:
+    many = table(200)
+    asked = question(tmp_path, rows=many, watched_rows=3, validation_rows=7)
+    assert (len(asked.watched), len(asked.held_back)) == (3, 7)
+    asked = question(tmp_path, rows=many, watched_rows=0, validation_rows=0)
+    assert (len(asked.watched), len(asked.held_back)) == (8, 40)
+
+
 def test_files_of_their_own_judge_and_what_is_in_both_is_not_learned(tmp_path: Path) -> None:
     write_tickets(tmp_path, "validation.parquet", table(20))
     asked = question(tmp_path, validation=(str(tmp_path / "validation.parquet"),))
@@ -134,6 +154,73 @@ def test_a_sample_of_labels_holds_the_truths_in_an_order_of_its_own(tmp_path: Pa
     assert not all(firsts)  # the place must not tell
     assert {len(labels) for labels in lists} > {2}
     assert all(tuple(listed(batch)) == LABELS for batch in batches(asked).validation())
+
+
+ALSO = {"card": ("plastic",), "cash": ("notes", "money"), "transfer": ("sending", "money")}
+"""Cash and transfers are one in the last words."""
+
+
+@pytest.mark.parametrize(("task", "truth"), [(INTENT, "label"), (TOPICS, "labels")])
+def test_other_words_mean_what_the_labels_did(task: Task, truth: str, tmp_path: Path) -> None:
+    words = {"renamed": 0.5, "names": ("queue",), "also": ALSO}
+    asked = question(tmp_path, task, truth=truth, label_sample=0, words=words)
+    means = {word.lower(): label for label, also in ALSO.items() for word in also if word != "money"}
+    means |= {label: label for label in LABELS}
+    truth_of = {row.text: {LABELS[place] for place in row.truth or ()} for row in asked.rows}
+    names, counts, spelled = set(), set(), set()
+    for batch in (batch for number in range(6) for batch in batches(asked).epoch(number)):
+        shown = TOKENIZER.decode(batch.prefix_ids)
+        names.add("queue: " in shown)
+        labels = listed(batch)
+        counts.add(len(labels))
+        assert len(set(labels)) == len(labels)
+        for example in batch.examples:
+            said = [TOKENIZER.decode(example.candidates[place].token_ids) for place in example.truths or ()]
+            if task.kind == "choose_many":
+                assert len(said) == len(labels)
+                said = [line.removesuffix(": yes") for line in said if line.endswith(": yes")]
+            spelled |= set(said)
+            wanted = truth_of[body(example)]
+            plain = {means.get(word.lower(), word.lower()) for word in said}
+            assert plain - {"money"} == wanted - ({"cash", "transfer"} if "money" in plain else set())
+            assert ("money" in plain) <= bool(wanted & {"cash", "transfer"})
+            assert set(said) <= set(labels)
+    assert names == {False, True}
+    assert counts == {5, 6}  # two became one
+    assert {"card", "Card", "plastic", "Plastic", "notes"} <= spelled
+
+
+def test_labels_are_spelled_as_people_spell_them_all_in_one_way() -> None:
+    task = Task(name="intent", kind="choose", labels=dict.fromkeys(("AddToPlaylist", "lost_or_stolen_card?", "w2"), ""))
+    data = DataTask(task=task, truth="label", label_sample=0, renamed=1.0)
+    found = {tuple(in_other_words(data, task, [], random.Random(seed))[0].labels) for seed in range(60)}
+    assert found == {
+        ("AddToPlaylist", "lost_or_stolen_card?", "w2"),
+        ("add to playlist", "lost or stolen card", "w 2"),
+        ("add_to_playlist", "lost_or_stolen_card", "w_2"),
+        ("add-to-playlist", "lost-or-stolen-card", "w-2"),
+        ("Add to playlist", "Lost or stolen card", "W 2"),
+        ("Add To Playlist", "Lost Or Stolen Card", "W 2"),
+        ("AddToPlaylist", "LostOrStolenCard", "W2"),
+    }
+
+
+def test_labels_that_would_all_be_one_stay_as_they_are_and_what_is_merged_means_either() -> None:
+    labels = {"hate": "attacks a group", "rude": "insults", "fine": ""}
+    task = Task(name="policy", kind="choose", labels=labels)
+    rows = [Row("a", (0,)), Row("b", (1,)), Row("c", (2,)), Row("d", None)]
+    alike = DataTask(task=task, truth="label", label_sample=0, also=dict.fromkeys(labels, ("it",)))
+    merged = DataTask(task=task, truth="label", label_sample=0, also={"hate": ("bad",), "rude": ("bad",)})
+    seen = set()
+    for seed in range(40):
+        asked, same = in_other_words(alike, task, rows, random.Random(seed))
+        assert len(asked.labels) == 3
+        assert same == rows
+        asked, same = in_other_words(merged, task, rows, random.Random(seed))
+        if len(asked.labels) == 2:
+            assert [row.truth for row in same] == [(0,), (0,), (1,), None]
+            seen.add(next(iter(asked.labels.values())))
+    assert seen == {"", "attacks a group; or insults"}
 
 
 @pytest.mark.parametrize("most", [0, 1, 4])

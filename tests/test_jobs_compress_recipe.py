@@ -43,6 +43,12 @@ def load(tmp_path: Path, *changes: tuple[str, str], **options: Any) -> Recipe:
     return load_recipe(str(tmp_path / "recipe.toml"), **options)
 
 
+def test_other_words_for_labels_are_read(tmp_path: Path) -> None:
+    words = 'labels = ["a", "b"]\nrenamed = 0.5\nnames = ["queue"]\nalso = { a = ["x", "y"], b = "z" }'
+    (task,) = load(tmp_path, ('labels = ["a", "b"]', words)).data[0].tasks
+    assert (task.renamed, task.names, task.also) == (0.5, ("queue",), {"a": ("x", "y"), "b": ("z",)})
+
+
 def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
     recipe = load(tmp_path)
     assert (recipe.teacher, recipe.seed) == ("smollm2-135m-instruct", 0)
@@ -87,6 +93,10 @@ def test_labels_can_come_from_the_truth(tmp_path: Path) -> None:
         ('kind = "choose"', 'kind = "generate"', "expected one of: choose, choose_many", ""),
         ('labels = ["a", "b"]', 'labels = ["a"]', "expected at least 2 labels", ""),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nlabel_sample = 1', "label_sample is 1, expected", ""),
+        ('labels = ["a", "b"]', 'labels = ["a", "b"]\nrenamed = 2', "renamed is 2, expected", ""),
+        ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = ["x"]', "also is ['x'], expected a table", ""),
+        ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = { c = ["x"] }', '"c" is no label', "known: a, b"),
+        ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = { a = [""] }', "a list of strings that are not blank", ""),
         ('kind = "tune"', 'kind = "tuen"', 'kind is "tuen"', '"tune"'),
         ('kind = "tune"', 'kind = "prune"', 'has no key "steps"', ""),
         ("steps = 3", "setps = 3", 'has no key "setps"', '"steps"'),
