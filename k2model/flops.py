@@ -9,17 +9,25 @@ from k2model.parameters import layer_parameters
 
 
 def token_flops(config: ModelConfig) -> dict[str, int]:
-    """Return FLOPs of a token: `token`, with the experts it is routed to; `all_experts`; `expert`, of one, or 0."""
-    expert = experts = others = 0
+    """Return FLOPs of a token by name.
+
+    Returns: `token`, with the experts it is routed to; `all_experts`, with all; `expert`, of one, or 0; and `unread`,
+        what the last layer does of `token` once its attention is computed: nothing where its output is not read.
+    """
+    found = {"token": 0, "all_experts": 0, "expert": 0, "unread": 0}
     for index in range(config.num_hidden_layers):
-        own = 0
+        experts = others = behind = 0
         for parameter in layer_parameters(config, index):
             if parameter.role == "expert":
-                own += 2 * parameter.size
+                experts += 2 * parameter.size
             elif parameter.is_linear or parameter.role == "router":
                 others += 2 * parameter.size
-        if config.moe is not None and own:
-            expert = own // config.moe.n_routed_experts
-            experts += own
-    used = experts * config.moe.num_experts_per_tok // config.moe.n_routed_experts if config.moe is not None else 0
-    return {"token": others + used, "all_experts": others + experts, "expert": expert}
+                behind += 2 * parameter.size * (parameter.role != "attention" or ".o_proj." in parameter.name)
+        used = 0
+        if config.moe is not None and experts:
+            found["expert"] = experts // config.moe.n_routed_experts
+            used = found["expert"] * config.moe.num_experts_per_tok
+        found["token"] += others + used
+        found["all_experts"] += others + experts
+        found["unread"] = behind + used
+    return found

@@ -292,6 +292,8 @@ def tiled_attention(
     if out is None:
         out = q.new_empty(*q.shape[:4], v.shape[3])
     for index, (rows, bias) in enumerate(tiles):
+        if not (rows[:, 0] < rows[:, 1]).any():
+            continue
         count, end = len(rows), k.shape[2] - (len(tiles) - 1 - index) * length
         own_k, own_v = k[:count, :, :end], v[:count, :, :end]
         attention(q[index, :count], own_k, own_v, bias, scale, sinks, rows, out[index, :count])

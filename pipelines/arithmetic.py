@@ -11,6 +11,7 @@ CAUSES = {
     "duplicates": "exact duplicates",
     "shared": "instructions and other shared beginnings",
     "earlier_runs": "answered in earlier runs",
+    "unread": "the last layer of tokens behind which nothing is asked",
     "inactive_experts": "experts that tokens are not routed to, against all experts",
     "dropped_experts": "experts dropped by router thresholds",
 }
@@ -29,10 +30,11 @@ def flops_of(model: ModelFlops, work: Work, saved_tokens: dict[str, int]) -> dic
     """
     if not model.token:
         return {}
-    dropped = work.dropped_experts * model.expert
+    dropped, unread = work.dropped_experts * model.expert, work.unread_tokens * model.unread
     return {
-        "computed": work.tokens * model.token - dropped,
+        "computed": work.tokens * model.token - dropped - unread,
         **{cause: tokens * model.token for cause, tokens in saved_tokens.items()},
+        "unread": unread,
         "inactive_experts": work.tokens * (model.all_experts - model.token),
         "dropped_experts": dropped,
     }

@@ -119,6 +119,8 @@ class ModelFlops:
     """With all experts: a dense model of the same weights."""
     expert: int = 0
     """Of one expert of one layer; 0 for a dense model."""
+    unread: int = 0
+    """Of `token`, what the last layer does without where nobody reads its output."""
 
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}

@@ -200,7 +200,7 @@ def test_a_card_that_fails_ends_the_engine_and_no_request_is_blamed(
     def forward(step: object) -> Tensor:
         raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-    monkeypatch.setattr(type(engine.decoder), "forward", lambda decoder, step: forward(step))
+    monkeypatch.setattr(type(engine.decoder), "forward", lambda decoder, step, read: forward(step))
     with pytest.raises(EnvironmentMismatch, match="the card failed: RuntimeError: Triton"):
         engine.submit([scored((1,)), scored((2,))]).result(timeout=20)
     engine.close()

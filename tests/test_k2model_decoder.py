@@ -59,6 +59,25 @@ def test_packed_sequences_are_each_sequence_alone(decoders: dict[str, Decoder], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("read", [[], [0], [29, 3, 3, 17], [*range(9)]])
+def test_what_is_read_has_the_bits_it_has_among_all_and_everything_is_kept(
+    decoders: dict[str, Decoder], family: str, read: list[int]
+) -> None:
+    decoder, found = decoders[family], []
+    for rows in (None, read):
+        kept = [decoder.allocate(0, len(ids)) for ids in PROMPTS]
+        for kv in kept:
+            kv.layers.fill_(float("nan"))
+        step = Step([Span(tuple(ids), keep=kv) for ids, kv in zip(PROMPTS, kept, strict=True)])
+        with torch.inference_mode():
+            found.append((decoder.forward(step, rows), kept))
+    (whole, expected), (some, kept) = found
+    assert torch.equal(some, whole[read])
+    for own, all_of_it in zip(kept, expected, strict=True):
+        assert torch.equal(own.layers, all_of_it.layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_with_a_cache_is_reading_the_whole(decoders: dict[str, Decoder], family: str) -> None:
     answers = [[7, 8, 100, 9, 40], [1, 2, 3, 4, 5], [0, 0, 0, 0, 0], [9, 9, 3, 3, 3]]
     got = forced_logits(decoders[family], PROMPTS, answers)

@@ -281,14 +281,14 @@ def test_a_senseless_request_is_refused_at_once(engine: Engine, request_: Reques
 POISON = 251
 
 
-def poisoned(error: type[BaseException]) -> Callable[[Decoder, Step], Tensor]:
+def poisoned(error: type[BaseException]) -> Callable[[Decoder, Step, list[int]], Tensor]:
     """Return a forward pass that cannot bear a certain token."""
     forward = Decoder.forward
 
-    def failing(decoder: Decoder, step: Step) -> Tensor:
+    def failing(decoder: Decoder, step: Step, read: list[int]) -> Tensor:
         if POISON in step.token_ids:
             raise error("POISON")
-        return forward(decoder, step)
+        return forward(decoder, step, read)
 
     return failing
 
@@ -320,13 +320,13 @@ def test_out_of_memory_halves_the_step_from_then_on(engine: Engine, monkeypatch:
     expected, sizes = engine.submit(requests).result(), []
     forward = Decoder.forward
 
-    def small(decoder: Decoder, step: Step) -> Tensor:
+    def small(decoder: Decoder, step: Step, read: list[int]) -> Tensor:
         sizes.append(len(step.token_ids))
         if sizes[-1] > 300:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return forward(decoder, step)
+        return forward(decoder, step, read)
 
     other = Engine(engine.decoder, engine.tokenizer, "test", max_num_batched_tokens=1000)
     with monkeypatch.context() as patch:

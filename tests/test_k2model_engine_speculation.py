@@ -61,9 +61,9 @@ class Steps:
         self.sizes: list[int] = []
         forward = Decoder.forward
 
-        def counted(decoder: Decoder, step: Step) -> Tensor:
+        def counted(decoder: Decoder, step: Step, read: list[int]) -> Tensor:
             self.sizes.append(len(step.token_ids))
-            return forward(decoder, step)
+            return forward(decoder, step, read)
 
         patch.setattr(Decoder, "forward", counted)
 
@@ -177,10 +177,10 @@ def test_a_guess_that_fails_the_step_does_not_fail_the_request(engine: Engine, m
     poison = next(i for i in range(256) if all(i not in c.token_ids and i not in (5, 6, 7) and i > 9 for c in expected))
     forward = Decoder.forward
 
-    def failing(decoder: Decoder, step: Step) -> Tensor:
+    def failing(decoder: Decoder, step: Step, read: list[int]) -> Tensor:
         if poison in step.token_ids:
             raise ValueError("POISON")
-        return forward(decoder, step)
+        return forward(decoder, step, read)
 
     monkeypatch.setattr(Decoder, "forward", failing)
     monkeypatch.setattr(Guesser, "guess", lambda _, output_ids, limit, __: [poison] * min(2, limit))

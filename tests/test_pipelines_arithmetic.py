@@ -97,6 +97,9 @@ def test_a_tokens_flops_are_two_for_each_weight_it_meets(tmp_path: Path, family:
     met = [p for p in parameters(config) if p.is_linear or p.role == "router"]
     assert flops["token"] == round(sum(2 * p.size * active_share(config, p.role) for p in met))
     assert flops["all_experts"] == sum(2 * p.size for p in met)
+    last = [p for p in met if p.name.startswith(f"model.layers.{config.num_hidden_layers - 1}.")]
+    behind = [p for p in last if "self_attn" not in p.name or "o_proj" in p.name]
+    assert flops["unread"] == round(sum(2 * p.size * active_share(config, p.role) for p in behind)) > 0
     if config.moe is None:
         assert flops["expert"] == 0
     else:
@@ -118,8 +121,11 @@ def test_dropped_experts_are_counted(sparse: tuple[Plan, Manifest, Slots]) -> No
     assert slots.dropped > 0
     assert flops["dropped_experts"] == slots.dropped * model.expert
     # All that goes through the model but experts, and the experts it really met.
-    tokens = (slots.kept + slots.dropped) // (2 * 4)  # layers, experts of a token
-    assert flops["computed"] == tokens * (model.token - 2 * 4 * model.expert) + slots.kept * model.expert
+    unread = flops["unread"] // model.unread
+    tokens = (slots.kept + slots.dropped + unread * 4) // (2 * 4)  # layers, experts of a token
+    assert 0 < unread < tokens
+    others = tokens * (model.token - 2 * 4 * model.expert) - unread * (model.unread - 4 * model.expert)
+    assert flops["computed"] == others + slots.kept * model.expert
     assert flops["inactive_experts"] == tokens * 2 * (8 - 4) * model.expert
     assert model.all_experts - model.token == 2 * (8 - 4) * model.expert
 
@@ -147,9 +153,11 @@ def test_what_is_shared_is_what_the_plan_foretold_and_no_sparsity(tmp_path: Path
     assert not isinstance(requests, RowError)
     first = sum({request.num_prefix_tokens for request in requests})
     assert flops["shared"] == (foretold.instructions + first + foretold.beginnings) * token > 0
-    written = flops["computed"] // token - foretold.computed_tokens
+    through = flops["computed"] + flops["unread"]
+    written = through // token - foretold.computed_tokens
     assert 0 <= written <= foretold.generated  # a token is fed for each but the last
-    assert flops["computed"] % token == 0
+    assert (through % token, flops["unread"] % plan.flops.unread) == (0, 0)
+    assert 0 < flops["unread"] < through
     assert (flops["earlier_runs"], flops["inactive_experts"], flops["dropped_experts"]) == (0, 0, 0)
     again = replace(spec, tasks=(replace(spec.tasks[0], guidelines=""), *spec.tasks[1:]), unit_rows=7)
     kept = run_here(again, open_model).flops
@@ -175,7 +183,8 @@ def test_units_side_by_side_tell_everything_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(told) == 9
-    assert sum(flops["computed"] for flops in told) == (engine._runner.num_tokens - before) * plan.flops.token > 0
+    through = sum(flops["computed"] + flops["unread"] for flops in told)
+    assert through == (engine._runner.num_tokens - before) * plan.flops.token > 0
     assert engine.take_work() == Work()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from k2model.config import AttentionConfig, ModelConfig
-from k2model.decoder.linear import Linear, LinearReader, Quantized
+from k2model.decoder.linear import Linear, LinearReader, Quantized, projected
 from k2model.decoder.paged import PagedStep
 from k2model.decoder.step import Step
 from kernels import attention_rows, cpu, ops
@@ -40,8 +40,9 @@ class Attention:
         step: Step,
         window: int | None,
         kv_dtype: torch.dtype,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Return [T, D] float32 for normed `x` [T, D]; stores keys and values where the step keeps them."""
+        """Return [T, D] float32 for normed `x` [T, D], or its rows `read`; stores keys and values where steps do."""
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = self.qkv_proj(x)
@@ -50,7 +51,7 @@ class Attention:
             by_head[:, :heads] = ops.rms_norm(by_head[:, :heads], self.q_norm, self.eps)
             by_head[:, heads : heads + kv_heads] = ops.rms_norm(by_head[:, heads:-kv_heads], self.k_norm, self.eps)
         if isinstance(step, PagedStep):
-            return self.o_proj(self._paged(by_head, rope, step, window, kv_dtype))
+            return projected(self.o_proj, self._paged(by_head, rope, step, window, kv_dtype), read)
         attention_rows.rotate_(qkv, *rope, heads + kv_heads)
         dtype, q_width, kv_width = cpu.product_dtype(kv_dtype), heads * head_dim, kv_heads * head_dim
         kept = qkv[:, q_width:].unflatten(1, (2, kv_heads, head_dim))
@@ -65,13 +66,13 @@ class Attention:
             group.spread_keys(qkv, q_width + kv_width, v)
             group.keep(kept[group.tokens], self.layer)
             q = group.spread_queries(qkv, heads, head_dim, dtype)
-            group.attend(q, k, v, window, config.softmax_scale, self.sinks, out)
+            group.attend(q, k, v, window, config.softmax_scale, self.sinks, out, read)
         for decoding in step.decode:
             k, v = decoding.append(qkv, (q_width, q_width + kv_width), self.layer).to(dtype)
             q = by_head[decoding.tokens, :heads].to(dtype).contiguous()[:, :, None]
             attended = cpu.attention(q, k, v, decoding.bias(window), config.softmax_scale, self.sinks)
             out[decoding.tokens] = attended.flatten(1)
-        return self.o_proj(out)
+        return projected(self.o_proj, out, read)
 
     def _paged(
         self, qkv: Tensor, rope: tuple[Tensor, Tensor], step: PagedStep, window: int | None, kv_dtype: torch.dtype

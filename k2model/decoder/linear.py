@@ -124,6 +124,14 @@ class LinearReader:
         return _in_order(parts, rows)
 
 
+def projected(linear: Linear, x: Tensor, read: Tensor | None) -> Tensor:
+    """Return `linear` of `x` [T, K], or of its rows `read` [N] alone."""
+    if read is None:
+        return linear(x)
+    x = x[read]
+    return linear(x) if len(x) else x
+
+
 def normed(consumer: object, x: Tensor, weight: Tensor, eps: float) -> Tensor | Quantized:
     """Return RMSNorm of `x` [T, D] as `consumer` takes it: quantized in the same pass, if that is an INT8 layer."""
     if isinstance(consumer, Int8Linear):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from k2model.config import LatentAttentionConfig, ModelConfig
-from k2model.decoder.linear import Linear, LinearReader, Quantized, normed
+from k2model.decoder.linear import Linear, LinearReader, Quantized, normed, projected
 from k2model.decoder.paged import PagedStep
 from k2model.decoder.rope import deinterleaved
 from k2model.decoder.step import PrefillGroup, Step
@@ -49,8 +49,9 @@ class LatentAttention:
         step: Step,
         window: int | None,
         kv_dtype: torch.dtype,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Return [T, D] float32 for normed `x` [T, D]; stores latents and keys where the step keeps them."""
+        """Return [T, D] float32 for normed `x` [T, D], or its rows `read`; stores latents and keys where steps do."""
         config = self.config
         nope, heads = config.qk_nope_head_dim, config.num_attention_heads
         q, latent, k_rope = self.qkv_a_proj(x).split(self._widths(), dim=-1)
@@ -61,14 +62,14 @@ class LatentAttention:
         latent = ops.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
         kept = cpu.rounded(torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1), kv_dtype)
         if isinstance(step, PagedStep):
-            return self.o_proj(self._paged(q, kept, step))
+            return projected(self.o_proj, self._paged(q, kept, step), read)
         dtype, out = cpu.product_dtype(kv_dtype), torch.empty(len(q), heads * config.v_head_dim)
         for group in step.prefill:
-            self._expanded(q.flatten(1), kept[group.tokens], group, window, dtype, out)
+            self._expanded(q.flatten(1), kept[group.tokens], group, window, dtype, out, read)
         for decoding in step.decode:
             latents = decoding.append(kept.float(), (0,), self.layer)[0].to(dtype)
             out[decoding.tokens] = self._absorbed(q[decoding.tokens], latents, decoding.bias(window))
-        return self.o_proj(out)
+        return projected(self.o_proj, out, read)
 
     def _widths(self) -> list[int]:
         config = self.config
@@ -76,7 +77,14 @@ class LatentAttention:
         return [config.q_lora_rank or q, config.kv_lora_rank, config.qk_rope_head_dim]
 
     def _expanded(
-        self, q: Tensor, kept: Tensor, group: PrefillGroup, window: int | None, dtype: torch.dtype, out: Tensor
+        self,
+        q: Tensor,
+        kept: Tensor,
+        group: PrefillGroup,
+        window: int | None,
+        dtype: torch.dtype,
+        out: Tensor,
+        read: Tensor | None,
     ) -> None:
         """Write [tokens, H * v] over keys and values of every head into `out`; what is shared is expanded once."""
         config = self.config
@@ -90,7 +98,8 @@ class LatentAttention:
         k[group.owner, :, group.slots] = expanded[..., :width].to(dtype)
         v[group.owner, :, group.slots] = expanded[..., width:].to(dtype)
         group.keep(kept[:, None, None], self.layer)
-        group.attend(group.spread_queries(q, heads, width, dtype), k, v, window, config.softmax_scale, None, out)
+        spread = group.spread_queries(q, heads, width, dtype)
+        group.attend(spread, k, v, window, config.softmax_scale, None, out, read)
 
     def _keys_values(self, kept: Tensor) -> Tensor:
         """Return keys and values of every head, side by side [S, H, nope + rope + v], of what is kept [S, R + rope]."""

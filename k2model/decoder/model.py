@@ -38,11 +38,24 @@ class Layer:
     eps: float
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], step: Step, window: int | None, kv_dtype: torch.dtype
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        step: Step,
+        window: int | None,
+        kv_dtype: torch.dtype,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Return the layer's output [T, D] float32 for `x` [T, D]; stores keys and values where the step keeps them."""
+        """Return the layer's output float32 for `x` [T, D]; stores keys and values where the step keeps them.
+
+        That is [T, D], or of the tokens `read` alone [N, D].
+        """
         h = normed(self.attention.first, x, self.input_layernorm, self.eps)
-        attended = self.attention.forward(h, rope, step, window, kv_dtype)
+        attended = self.attention.forward(h, rope, step, window, kv_dtype, read)
+        if read is not None:
+            x = x[read]
+            if not len(x):
+                return x
         h, x = normed_sum(self.feed_forward.first, x, attended, self.post_attention_layernorm, self.eps)
         return x + self.feed_forward.forward(h)
 
@@ -115,12 +128,17 @@ class Decoder:
         """Return what `forward` takes to compute `spans` and the new tokens of `decoding` groups."""
         return Step(spans, decoding) if self.pool is None else PagedStep(self.pool, spans, decoding)
 
-    def forward(self, step: Step) -> Tensor:
-        """Return hidden states after the final norm [T, D] float32, in the step's order; store what it keeps."""
+    def forward(self, step: Step, read: Sequence[int] | None = None) -> Tensor:
+        """Return hidden states after the final norm float32, and store what the step keeps.
+
+        Those of the tokens `read` [N, D], whose last layer alone is computed to its end; or, in the step's order, of
+        all of them [T, D]. A token's bits are the same.
+        """
         rope = cos_sin(self.config.rope, self.frequencies, step.positions)
         x = self.embed_tokens[step.token_ids].float()
+        rows = None if read is None else torch.tensor(read, dtype=torch.int64, device=x.device)
         for layer, window in zip(self.layers, self.config.sliding_windows, strict=True):
-            x = layer.forward(x, rope, step, window, self.kv_dtype)
+            x = layer.forward(x, rope, step, window, self.kv_dtype, rows if layer is self.layers[-1] else None)
         return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -136,13 +136,36 @@ class PrefillGroup:
         return self._room("keys", (*shape, widths[0]), dtype), self._room("values", (*shape, widths[1]), dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, sinks: Tensor | None, out: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float,
+        sinks: Tensor | None,
+        out: Tensor,
+        read: Tensor | None,
     ) -> None:
-        """Write attention of `q`, of `spread_queries`, over `k` and `v`, of `keys_values`, into `out` [T, H * Dv]."""
+        """Write attention of `q`, of `spread_queries`, over `k` and `v`, of `keys_values`, into `out` [T, H * Dv].
+
+        For tokens beside those that are `read` [N], places in the step, what is written is undefined; None for all.
+        """
         tiles = [(tile.rows, tile.bias) for tile in self.tiles(window)]
+        if read is not None:
+            rows = self._rows_of(read)
+            tiles = [(own[: len(every)], bias) for own, (every, bias) in zip(rows, tiles, strict=True)]
         attended = self._room("attended", (*q.shape[:4], v.shape[3]), q.dtype)
         cpu.tiled_attention(q, k, v, tiles, scale, sinks, attended)
         attention_rows.collect(attended.flatten(0, 1), self.query_block, self.query_slot, out[self.tokens])
+
+    def _rows_of(self, read: Tensor) -> Tensor:
+        """Return from where to where the tokens `read` stand in each tile of each sequence [tiles, B, 2]."""
+        own = read[(read >= self.tokens.start) & (read < self.tokens.stop)] - self.tokens.start
+        blocks, slots = self.query_block[own], self.query_slot[own]
+        count = self.num_slots // TILE * len(self.spans)
+        begins = torch.full((count,), TILE).scatter_reduce(0, blocks, slots, "amin")
+        ends = torch.zeros(count, dtype=torch.int64).scatter_reduce(0, blocks, slots + 1, "amax")
+        return torch.stack([begins.minimum(ends), ends], dim=1).view(-1, len(self.spans), 2)
 
     def _room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return zeros of that shape, or what a layer before left in them."""

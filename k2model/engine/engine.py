@@ -118,9 +118,9 @@ class Engine:
     def take_work(self) -> Work:
         """Return what was computed since this was last asked, so that everything is told once."""
         with self._wake:
-            done = Work(self._runner.num_tokens, dropped_experts(self.decoder))
+            done = Work(self._runner.num_tokens, dropped_experts(self.decoder), self._runner.num_unread_tokens)
             told, self._told = self._told, done
-        return Work(done.tokens - told.tokens, done.dropped_experts - told.dropped_experts)
+        return Work(*(now - before for now, before in zip(done, told, strict=True)))
 
     def close(self) -> None:
         """Finish what was submitted, then stop the loop."""

@@ -83,6 +83,8 @@ class Work(NamedTuple):
     tokens: int = 0
     dropped_experts: int = 0
     """Experts that tokens were routed to and a router threshold dropped, of all layers."""
+    unread_tokens: int = 0
+    """Of `tokens`, those whose last layer kept keys and values alone, since nothing is read there."""
 
 
 class SupportsSubmit(Protocol):

@@ -110,6 +110,8 @@ class Runner:
         self.cache: KvCache[Generation] = KvCache(decoder.allocate_slots)
         self.num_tokens = 0
         """Tokens that went through the decoder."""
+        self.num_unread_tokens = 0
+        """Of these, those whose last layer was not computed to its end, since nobody reads them there."""
         self._new: list[tuple[Generation, list[KeyValues]]] = []
         self._filled: dict[Generation, int] = {}
         # Masks of grammars are filled beside the forward pass; the library lets go of Python's lock.
@@ -158,14 +160,15 @@ class Runner:
         }
         asked |= {g: [step.rows[index].stop - 1] for index, g in started.items() if not g.sampler.forced()}
         guesses = [batch.guesses.get(generation, []) for generation in asked]
-        hidden, masks = self._forward(step, [generation.sampler for generation in asked], guesses)
+        scored = self._scored(batch, spans, step)
+        read = [*chain.from_iterable(asked.values()), *chain.from_iterable(places for _, places in scored.values())]
+        hidden, masks = self._forward(step, read, [generation.sampler for generation in asked], guesses)
         samplers = [generation.sampler for generation, places in asked.items() for _ in places]
-        places = [*chain.from_iterable(asked.values())]
-        drawn = iter(next_tokens(hidden[places], self.decoder.lm_head, samplers, masks) if places else [])
+        drawn = iter(next_tokens(hidden[: len(samplers)], self.decoder.lm_head, samplers, masks) if samplers else [])
         tokens = [agreed(guess, [*islice(drawn, len(guess) + 1)]) for guess in guesses]
         return Answers(
             kept=[span.keep for span in spans],
-            logprobs=self._scores(batch, spans, step, hidden),
+            logprobs=self._scores(scored, hidden[len(samplers) :]),
             started=started,
             fed=fed,
             tokens=dict(zip(asked, tokens, strict=True)),
@@ -224,13 +227,14 @@ class Runner:
         self._new, self._filled = [], {}
 
     def _forward(
-        self, step: Step, samplers: list[SequenceSampler], guesses: list[list[int]]
+        self, step: Step, read: list[int], samplers: list[SequenceSampler], guesses: list[list[int]]
     ) -> tuple[Tensor, list[Mask | None]]:
-        """Return the step's hidden states, and masks of grammars as `prepare_masks`, filled meanwhile."""
+        """Return hidden states of the tokens `read`, and masks of grammars as `prepare_masks`, filled meanwhile."""
         self.num_tokens += len(step.token_ids)
+        self.num_unread_tokens += len(step.token_ids) - len(read)
         masks = self._masks.submit(prepare_masks, samplers, guesses)
         try:
-            return self.decoder.forward(step), masks.result()
+            return self.decoder.forward(step, read), masks.result()
         finally:
             masks.exception()
 
@@ -244,41 +248,42 @@ class Runner:
             return Span(token_ids, past, item.tree.branches)
         return Span(token_ids, past, keep=self.decoder.allocate(start, len(token_ids)))
 
-    def _scores(self, batch: Batch, spans: list[Span], step: Step, hidden: Tensor) -> dict[int, tuple[float, ...]]:
-        """Return each scored item's log-probabilities; those of one candidate tree are read off together."""
-        by_tree: dict[CandidateTree, list[int]] = {}
+    def _scored(self, batch: Batch, spans: list[Span], step: Step) -> dict[CandidateTree, tuple[list[int], list[int]]]:
+        """Return, for each candidate tree, the items scored by it, and where in the step each one's forks stand."""
+        by_tree: dict[CandidateTree, tuple[list[int], list[int]]] = {}
         for index, item in enumerate(batch.items):
             if isinstance(item, Sequence) and item.tree:
-                by_tree.setdefault(item.tree, []).append(index)
+                end = step.rows[index].start + len(spans[index].token_ids)
+                indices, places = by_tree.setdefault(item.tree, ([], []))
+                indices.append(index)
+                places.extend(end + (-1 if parent == ROOT else parent) for parent in item.tree.parents)
+        return by_tree
+
+    def _scores(
+        self, scored: dict[CandidateTree, tuple[list[int], list[int]]], hidden: Tensor
+    ) -> dict[int, tuple[float, ...]]:
+        """Return each scored item's log-probabilities; those of one candidate tree are read off `hidden` together."""
         logprobs: dict[int, tuple[float, ...]] = {}
-        for tree, indices in by_tree.items():
-            ends = torch.tensor([step.rows[index].start + len(spans[index].token_ids) for index in indices])
-            logprobs.update(zip(indices, self._score(tree, hidden, ends), strict=True))
+        parts = hidden.split([len(places) for _, places in scored.values()])
+        for (tree, (indices, _)), own in zip(scored.items(), parts, strict=True):
+            logprobs.update(zip(indices, self._score(tree, own, len(indices)), strict=True))
         return logprobs
 
-    def _score(self, tree: CandidateTree, hidden: Tensor, ends: Tensor) -> list[tuple[float, ...]]:
-        """Return the candidates' log-probabilities for each sequence.
-
-        Args:
-            tree: of all of them.
-            hidden: [T, D] of the step.
-            ends: [B] int64, the row behind each one's prompt, where its branches begin.
-        """
-        if not tree.parents:  # one candidate, or none that differ
-            return [(0.0,) * tree.num_candidates] * len(ends)
-        offsets = torch.tensor([-1 if parent == ROOT else parent for parent in tree.parents])
-        asked = hidden[(ends[:, None] + offsets).view(-1)]
+    def _score(self, tree: CandidateTree, hidden: Tensor, count: int) -> list[tuple[float, ...]]:
+        """Return the candidates' log-probabilities of each of `count` sequences; `hidden` is of their forks."""
+        if not tree.parents:
+            return [(0.0,) * tree.num_candidates] * count
         token_ids = tree.token_ids
         targets = torch.tensor(token_ids, device=hidden.device)
-        logits = ops.token_logits(asked, self.decoder.lm_head, targets).cpu().double()  # [B * P, U]
+        logits = ops.token_logits(hidden, self.decoder.lm_head, targets).cpu().double()  # [B * P, U]
         width = max(map(len, tree.targets))
         place = {token_id: index for index, token_id in enumerate(token_ids)}
         columns = torch.tensor([[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in tree.targets])
-        logits = logits.view(len(ends), len(tree.parents), -1)
-        logits = logits.gather(2, columns.clamp(min=0).expand(len(ends), -1, -1))  # [B, P, C]
+        logits = logits.view(count, len(tree.parents), -1)
+        logits = logits.gather(2, columns.clamp(min=0).expand(count, -1, -1))  # [B, P, C]
         logprobs = torch.log_softmax(logits.masked_fill(columns < 0, float("-inf")), dim=-1)
         owner, parent, slot = torch.tensor(tree.edges).unbind(1)
-        sums = torch.zeros(len(ends), tree.num_candidates, dtype=torch.float64)
+        sums = torch.zeros(count, tree.num_candidates, dtype=torch.float64)
         sums.index_add_(1, owner, logprobs[:, parent, slot])
         return [tuple(row) for row in sums.tolist()]
 
