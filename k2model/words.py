@@ -23,7 +23,7 @@ class Words:
     def __init__(self, encode: Callable[[Sequence[str]], list[list[int]]]) -> None:
         """Know nothing yet; `encode` returns the ids of texts, each by itself."""
         self._encode = encode
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, tuple[int, ...]] = {}
         self._size = 0
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -34,7 +34,7 @@ class Words:
         known = self._learned(set(chain.from_iterable(parted)))
         return [list(chain.from_iterable(map(known.__getitem__, parts))) for parts in parted]
 
-    def _learned(self, parts: set[str]) -> dict[str, list[int]]:
+    def _learned(self, parts: set[str]) -> dict[str, tuple[int, ...]]:
         """Return a dict with the ids of all `parts`; what was in it before stays, since other threads may read it."""
         known = self._known
         new = list(parts - known.keys())
@@ -43,6 +43,6 @@ class Words:
             self._known, self._size = {}, 0
             return self._learned(parts)
         texts = [part.removesuffix(_FIRST) if part.endswith(_FIRST) else " " + part for part in new]
-        known.update(zip(new, self._encode(texts), strict=True))
+        known.update(zip(new, map(tuple, self._encode(texts)), strict=True))  # numbers in tuples are no garbage's links
         self._size += size
         return known

@@ -1,5 +1,6 @@
 """The graph: the shapes that Beam's Dask runner gets wrong are refused, and ours is not one of them."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.transforms.userstate import BagStateSpec
 
-from pipelines.graph import Flow, build, refuse_unsafe
+from pipelines.graph import Flow, build, engine_and_prompts, refuse_unsafe
 from schemas.errors import EnvironmentMismatch
 from tests.fakes import fake_plan, open_fake_engine, tickets, write_tickets
 
@@ -18,6 +19,17 @@ def test_our_graph_is_safe(tmp_path: Path) -> None:
     pipeline = beam.Pipeline()
     build(pipeline, Flow(plan=plan, open_engine=open_fake_engine), plan.units)
     refuse_unsafe(pipeline)
+
+
+def test_what_is_there_when_a_model_was_opened_is_no_more_looked_through_for_garbage(tmp_path: Path) -> None:
+    write_tickets(tmp_path, "a.parquet", tickets(5))
+    plan = fake_plan([tmp_path], tmp_path / "out")
+    gc.unfreeze()
+    try:
+        engine_and_prompts(plan, lambda plan: open_fake_engine(plan))  # of a name of its own: opened anew
+        assert gc.get_freeze_count() > 0.9 * (gc.get_freeze_count() + len(gc.get_objects()))
+    finally:
+        gc.unfreeze()
 
 
 def test_tagged_outputs_are_refused() -> None:
