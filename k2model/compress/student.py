@@ -121,11 +121,7 @@ class Student(nn.Module):
         if not tree.parents:  # one candidate, or none that differ
             return torch.zeros(len(batch.examples), tree.num_candidates, dtype=torch.float64)
         found = self.fork_logits(batch, [whole_tree(tree)] * len(batch.examples))
-        logprobs = torch.log_softmax(found.logits, dim=-1)
-        owner, fork, slot = torch.tensor(tree.edges, device=logprobs.device).unbind(1)
-        of_edges = logprobs.view(len(batch.examples), -1).index_select(1, fork * logprobs.shape[1] + slot)
-        sums = of_edges.new_zeros(len(batch.examples), tree.num_candidates)
-        return sums.index_add(1, owner, of_edges)
+        return tree.log_probabilities(found.logits.unflatten(0, (len(batch.examples), -1)))
 
     def fork_logits(self, batch: Batch, forks: Sequence[Forks], keep: Sequence[int] = ()) -> ForkLogits:
         """Return the logits of the tokens that may follow at every example's forks.

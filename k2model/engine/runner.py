@@ -281,11 +281,8 @@ class Runner:
         columns = torch.tensor([[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in tree.targets])
         logits = logits.view(count, len(tree.parents), -1)
         logits = logits.gather(2, columns.clamp(min=0).expand(count, -1, -1))  # [B, P, C]
-        logprobs = torch.log_softmax(logits.masked_fill(columns < 0, float("-inf")), dim=-1)
-        owner, parent, slot = torch.tensor(tree.edges).unbind(1)
-        sums = torch.zeros(count, tree.num_candidates, dtype=torch.float64)
-        sums.index_add_(1, owner, logprobs[:, parent, slot])
-        return [tuple(row) for row in sums.tolist()]
+        logprobs = tree.log_probabilities(logits.masked_fill(columns < 0, float("-inf")))
+        return [tuple(row) for row in logprobs.tolist()]
 
     def _accept(self, generation: Generation, token_ids: list[int]) -> bool:
         """Give a sequence its next tokens, and then those that its grammar leaves no choice of.
