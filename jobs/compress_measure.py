@@ -64,6 +64,7 @@ def _quality(engine: Engine, question: Question, max_prompt_tokens: int) -> dict
     """Return accuracy and macro-F1, of rows that are too long for the model, too: they are wrong."""
     places = {label: place for place, label in enumerate(question.task.labels)}
     prompts = _prompts(engine, question, max_prompt_tokens)
+    prompts.calibrate(engine)
     asked = _requests(prompts, question.held_back)
     completions = iter(_complete(engine, [request for requests in asked for request in requests]))
     columns = prompts.columns_of([[next(completions) for _ in requests] for requests in asked if requests])

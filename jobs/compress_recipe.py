@@ -60,7 +60,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     ),
     "data": ("name", "urls", "validation", "held_back", "columns", "weight", "rows", "task"),
     "data.columns": ("id", "text"),
-    "data.task": ("name", "kind", "labels", "labels_from", "guidelines", "threshold", *_LEARNING),
+    "data.task": ("name", "kind", "labels", "labels_from", "guidelines", "calibrate", "threshold", *_LEARNING),
     "step": ("kind", *dict.fromkeys(key for options in OPTIONS.values() for key in options)),
 }
 

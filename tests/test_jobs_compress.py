@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 from jobs import compress as compressing
 from jobs.cli import main
 from jobs.compress import compress
+from jobs.compress_data import read_questions
 from jobs.compress_measure import measure
 from jobs.compress_recipe import load_recipe
 from k2model.compress import calibrate
 from k2model.compress.train_state import read_curve
 from k2model.engine.engine import Engine
-from schemas.errors import SpecError
+from pipelines.prompts import Prompts
+from schemas.errors import RowError, SpecError
 from tests.checkpoints import write_checkpoint
 from tests.fakes import write_tickets
 from tests.test_jobs_compress_data import LABELS, table
@@ -176,6 +179,27 @@ def test_a_kill_after_the_last_byte_of_a_step_costs_nothing(folder: Path) -> Non
     assert [line for line in lines if "step 0" in line or "rows 4" in line] == []
     assert written(folder / "out") == weights
     assert facts["steps"][1]["facts"] == {}
+
+
+def test_a_question_with_calibration_is_judged_with_it(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(whole)
+    calibrated = RECIPE.replace('truth = "label"', 'truth = "label"\ncalibrate = true')
+    (whole / "calibrated.toml").write_text(calibrated)
+    (question,) = read_questions(load_recipe("calibrated.toml"))
+    engine = Engine.open("teacher", precision="fp32")
+    try:
+        prompts = Prompts([question.task], engine.tokenizer, 512)
+        prompts.calibrate(engine)
+        rows = prompts.requests_of([row.text for row in question.held_back])
+        answers = [engine.submit(requests).result() for requests in rows if not isinstance(requests, RowError)]
+    finally:
+        engine.close()
+    labels = prompts.columns_of(answers)["intent_label"].to_pylist()
+    right = [LABELS[row.truth[0]] == label for row, label in zip(question.held_back, labels, strict=True) if row.truth]
+    plain = replace(question, data=replace(question.data, task=replace(question.task, calibrate=False)))
+    found = [measure("teacher", [one], 512)["quality"]["bank/intent"]["accuracy"] for one in (question, plain)]
+    assert found[0] == round(sum(right) / len(right), 4)
+    assert found[0] != found[1]  # of this model and these rows
 
 
 @pytest.mark.parametrize(("old", "new"), [("steps = 2\n", "steps = 3\n"), ("label_sample = 4", "label_sample = 5")])
