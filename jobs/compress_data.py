@@ -58,8 +58,30 @@ class Question:
 
 
 def read_questions(recipe: Recipe) -> list[Question]:
-    """Return every task of every set, with its rows. Raises: SchemaMismatch, naming file and row; SpecError."""
-    return [_question(recipe, each, data) for each in recipe.data for data in each.tasks]
+    """Return every task of every set, with its rows. Raises: SchemaMismatch, naming file and row; SpecError.
+
+    Behind them come those that are learned in other words, too, to be judged by rows held back in such words.
+    """
+    found = [_question(recipe, each, data) for each in recipe.data for data in each.tasks]
+    return [*found, *(_in_words_to_judge(each) for each in found if each.data.renamed and each.held_back)]
+
+
+def _in_words_to_judge(question: Question) -> Question:
+    draw = random.Random(f"{question.name} in other words")  # without the seed, as all that judges
+    asked, rows = question.task, list(question.held_back)
+    for _ in range(20):  # some labels are spelled one way only
+        asked, rows = in_other_words(question.data, question.task, question.held_back, draw)
+        if asked.labels.keys() != question.task.labels.keys():
+            break
+    return replace(
+        question,
+        name=f"{question.name}, in other words",
+        data=replace(question.data, task=asked, renamed=0.0, names=(), also={}),
+        rows=(),
+        watched=(),
+        held_back=tuple(rows),
+        left_out={},
+    )
 
 
 def _question(recipe: Recipe, dataset: DataSet, data: DataTask) -> Question:

@@ -71,7 +71,7 @@ def recipe(
 
 def question(tmp_path: Path, *arguments: Any, rows: pa.Table | None = None, **options: Any) -> Question:
     write_tickets(tmp_path, "train.parquet", table() if rows is None else rows)
-    (found,) = read_questions(recipe(tmp_path, *arguments, **options))
+    found, *_ = read_questions(recipe(tmp_path, *arguments, **options))
     return found
 
 
@@ -188,6 +188,21 @@ def test_other_words_mean_what_the_labels_did(task: Task, truth: str, tmp_path: 
     assert names == {False, True}
     assert counts == {5, 6}  # two became one
     assert {"card", "Card", "plastic", "Plastic", "notes"} <= spelled
+
+
+def test_what_is_learned_in_other_words_is_judged_in_other_words_too(tmp_path: Path) -> None:
+    write_tickets(tmp_path, "train.parquet", table())
+    also = {label: (f"a {label}",) for label in LABELS}
+    words = {"renamed": 0.5, "also": also}
+    plain, other = read_questions(recipe(tmp_path, words=words))
+    assert (other.name, other.rows, other.watched) == ("bank/intent, in other words", (), ())
+    assert [row.text for row in other.held_back] == [row.text for row in plain.held_back]
+    assert [*other.task.labels] != list(LABELS)
+    assert [label.lower()[-3:] for label in other.task.labels] == [label[-3:] for label in LABELS]
+    assert [row.truth for row in other.held_back] == [row.truth for row in plain.held_back]
+    assert read_questions(recipe(tmp_path, words=words))[1] == other
+    assert len(list(batches(plain, other).epoch(0))) == len(list(batches(plain).epoch(0)))
+    assert len(read_questions(recipe(tmp_path, words={"also": also}))) == 1
 
 
 def test_labels_are_spelled_as_people_spell_them_all_in_one_way() -> None:
