@@ -7,7 +7,7 @@ VENV ?= .venv
 # torch first and by itself, so that pip takes whatever build the machine offers. On PyPI that is the CUDA build (2 GB);
 # for the small one:  make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
-SPEC ?= jobs/specs/moderation_sweep.toml
+SPEC ?= jobs/specs/hate_sweep.toml
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

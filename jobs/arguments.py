@@ -15,12 +15,12 @@ EXIT_CODES = {
 INCOMPLETE = 5
 
 EXAMPLES = {
-    "plan": "k2batch plan jobs/specs/moderation_sweep.toml",
-    "run": "k2batch run jobs/specs/moderation_sweep.toml",
-    "status": "k2batch status annotated/moderation-sweep-*",
+    "plan": "k2batch plan jobs/specs/hate_sweep.toml",
+    "run": "k2batch run jobs/specs/hate_sweep.toml",
+    "status": "k2batch status annotated/hate-sweep-*",
     "batch": "k2batch batch -i jobs/samples/requests.jsonl -o answers.jsonl",
-    "verify": "k2batch verify annotated/moderation-sweep-*",
-    "report": "k2batch report annotated/moderation-sweep-*",
+    "verify": "k2batch verify annotated/hate-sweep-*",
+    "report": "k2batch report annotated/hate-sweep-*",
     "eval": "k2batch eval jobs/specs/moderation_sweep.toml --truth jobs/samples/labelled.parquet",
     "cache": "k2batch cache annotated/ --max-gb 5",
     "models": "k2batch models inspect smollm2-135m-instruct",

@@ -5,6 +5,7 @@ No tagged outputs, no `finish_bundle` outputs, no state, one leaf: on these Beam
 streams merge, only the last leaf runs, `finish_bundle` outputs are dropped), so `refuse_unsafe` refuses them.
 """
 
+import atexit
 import gc
 import threading
 import time
@@ -70,6 +71,7 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
             # What is left now stays: a third of the flow's time went into looking whether 350,000 objects are garbage.
             gc.collect()
             gc.freeze()
+            atexit.register(gc.unfreeze)  # at the end some libraries do look what was not taken down
         if engine.fingerprint != plan.model_fingerprint:
             raise CheckpointError(
                 f"{plan.checkpoint}: fingerprint {engine.fingerprint}, planned {plan.model_fingerprint}",
