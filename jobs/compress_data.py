@@ -277,7 +277,11 @@ def in_other_words(data: DataTask, task: Task, rows: Sequence[Row], draw: random
 
 def _words(label: str) -> list[str]:
     """Return the words of a label as people write them: `card_arrival`, `CardArrival` or `card arrival`."""
-    return re.findall(r"[A-Z]?[a-z']+|[A-Z]+(?![a-z])|[0-9]+|[^\W\d_a-zA-Z]+", label)
+    parted = ""
+    for before, char, behind in zip(f" {label}", label, f"{label[1:]} ", strict=False):
+        begins = char.isupper() and (before.islower() or (before.isupper() and behind.islower()))
+        parted += f" {char}" if begins else char
+    return re.findall(r"[^\W\d_](?:[^\W\d_]|')*|\d+", parted)
 
 
 _SPELLINGS: tuple[Callable[[str], str], ...] = (

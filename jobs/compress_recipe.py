@@ -78,7 +78,7 @@ class DataTask:
     Right ones are so met more often than in life, and scores come out higher than shares: as if by a lower threshold.
     """
     renamed: float = 0.0
-    """Share of the batches that ask in other words, so that a student learns to read labels instead of knowing them."""
+    """Share of the batches that ask in other words, so that a student knows a label in other spellings, too."""
     names: tuple[str, ...] = ()
     """What the task may be called in those."""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -190,6 +190,27 @@ def test_other_words_mean_what_the_labels_did(task: Task, truth: str, tmp_path: 
     assert {"card", "Card", "plastic", "Plastic", "notes"} <= spelled
 
 
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("AddToPlaylist", "Add To Playlist"),
+        ("lost_or_stolen_card?", "lost or stolen card"),
+        ("can't log-in", "can't log in"),
+        ("HTMLPage", "HTML Page"),
+        ("rollover_401k", "rollover 401 k"),
+        ("ÜberRückgabe", "Über Rückgabe"),
+        ("Rückgabe später", "Rückgabe später"),
+        ("退货", "退货"),
+        ("?!", ""),
+    ],
+)
+def test_words_of_a_label_in_any_alphabet(label: str, words: str) -> None:
+    task = Task(name="t", kind="choose", labels={label: "", "other": ""})
+    data = DataTask(task=task, truth="label", label_sample=0)
+    spelled = {next(iter(in_other_words(data, task, [], random.Random(seed))[0].labels)) for seed in range(60)}
+    assert {label, words.lower() or label, words.lower().replace(" ", "_") or label} <= spelled
+
+
 def test_what_is_learned_in_other_words_is_judged_in_other_words_too(tmp_path: Path) -> None:
     write_tickets(tmp_path, "train.parquet", table())
     also = {label: (f"a {label}",) for label in LABELS}
