@@ -206,8 +206,10 @@ def _is_in(ids: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.bo
 
 def _once(ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return which of these ascending numbers occur once."""
-    is_other = np.r_[True, ids[1:] != ids[:-1], True]
-    once: npt.NDArray[np.bool_] = is_other[1:] & is_other[:-1]
+    once = np.ones(len(ids), np.bool_)
+    is_other = ids[1:] != ids[:-1]
+    once[1:] &= is_other
+    once[:-1] &= is_other
     return once
 
 

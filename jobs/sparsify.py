@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,7 +221,8 @@ def _normalized(logprobs: Sequence[float]) -> list[float]:
 
 
 def _savings(decoder: Decoder, before: dict[int, Routing], after: dict[int, Routing]) -> dict[str, Any]:
-    used = [sum(r.slots for r in side.values()) / sum(r.tokens for r in side.values()) for side in (before, after)]
+    # Of each layer by itself: the last one has fewer tokens, those that are read.
+    used = [statistics.fmean(r.slots / r.tokens for r in side.values()) for side in (before, after)]
     flops = [flops_per_token(decoder.config, side) for side in (before, after)]
     return {
         "experts_per_token": [round(value, 3) for value in used],

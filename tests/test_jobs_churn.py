@@ -81,7 +81,7 @@ def test_an_edited_label_shows_what_it_changed(tmp_path: Path) -> None:
     assert f'<td>safe</td><td><b>spam</b></td><td class="n">{moved}</td>' in html
 
 
-@pytest.mark.parametrize("rows_at_once", [1_000_000, 7])
+@pytest.mark.parametrize("rows_at_once", [1_000_000, 7, 1])
 def test_rows_come_go_move_and_share_ids(tmp_path: Path, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(churn_module, "_ROWS_AT_ONCE", rows_at_once)
     path = job_file(tmp_path)
