@@ -20,6 +20,7 @@ from k2model.compress.student_layers import Layer, Norm, Packed, Product, float3
 from k2model.config import AttentionConfig, ModelConfig
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.engine.candidates import ROOT
+from k2model.engine.scores import log_probabilities
 from k2model.formats.checkpoint import Checkpoint, open_checkpoint
 from k2model.formats.export import write_tensors
 from k2model.parameters import parameters
@@ -121,7 +122,7 @@ class Student(nn.Module):
         if not tree.parents:  # one candidate, or none that differ
             return torch.zeros(len(batch.examples), tree.num_candidates, dtype=torch.float64)
         found = self.fork_logits(batch, [whole_tree(tree)] * len(batch.examples))
-        return tree.log_probabilities(found.logits.unflatten(0, (len(batch.examples), -1)))
+        return log_probabilities(tree, found.logits.unflatten(0, (len(batch.examples), -1)))
 
     def fork_logits(self, batch: Batch, forks: Sequence[Forks], keep: Sequence[int] = ()) -> ForkLogits:
         """Return the logits of the tokens that may follow at every example's forks.

@@ -8,9 +8,6 @@ tokens, and no product with the whole vocabulary.
 import functools
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from k2model.decoder.branches import Branches
 from k2model.engine.request import Candidate
 
@@ -35,18 +32,6 @@ class CandidateTree:
     def token_ids(self) -> tuple[int, ...]:
         """Every target, ascending."""
         return tuple(sorted({token_id for targets in self.targets for token_id in targets}))
-
-    def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Return each candidate's, [B, candidates] float64.
-
-        Args:
-            logits: [B, forks, C] float64 of the tokens that may follow each fork, as in `targets`; -inf behind
-                them. There is a fork.
-        """
-        logprobs = torch.log_softmax(logits, dim=-1).flatten(1)
-        owner, fork, slot = torch.tensor(self.edges, device=logits.device).unbind(1)
-        sums = logits.new_zeros(len(logits), self.num_candidates)
-        return sums.index_add(1, owner, logprobs.index_select(1, fork * logits.shape[2] + slot))
 
 
 @functools.lru_cache(maxsize=64)

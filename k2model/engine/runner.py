@@ -21,6 +21,7 @@ from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion
 from k2model.engine.sampler import Mask, SequenceSampler, next_tokens, prepare_masks
 from k2model.engine.scheduler import Item, Sequence, num_tokens
+from k2model.engine.scores import log_probabilities
 from k2model.engine.speculation import Guesser, agreed
 from k2model.tokenizer import Tokenizer
 from kernels import ops
@@ -281,7 +282,7 @@ class Runner:
         columns = torch.tensor([[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in tree.targets])
         logits = logits.view(count, len(tree.parents), -1)
         logits = logits.gather(2, columns.clamp(min=0).expand(count, -1, -1))  # [B, P, C]
-        logprobs = tree.log_probabilities(logits.masked_fill(columns < 0, float("-inf")))
+        logprobs = log_probabilities(tree, logits.masked_fill(columns < 0, float("-inf")))
         return [tuple(row) for row in logprobs.tolist()]
 
     def _accept(self, generation: Generation, token_ids: list[int]) -> bool:
