@@ -129,3 +129,10 @@ def test_transformers_is_not_misled_by_our_folder() -> None:
         "assert not is_kernels_available()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_driver_does_without_torch() -> None:
+    """Which takes seconds and 200 MB to import, and whose threads a driver has ended with an abort beside."""
+    names = "pipelines.runners, pipelines.finalize, pipelines.prompts, pipelines.units"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
