@@ -257,19 +257,22 @@ def in_other_words(data: DataTask, task: Task, rows: Sequence[Row], draw: random
     """
     count = max(map(len, data.also.values()), default=0)
     number, spell, is_told = draw.randint(0, count), draw.choice(_SPELLINGS), draw.random() < 0.5
-    meanings: dict[str, list[str]] = {}
-    places = []
-    for label, meaning in task.labels.items():
+    spelled = []
+    for label in task.labels:
         words = (label, *data.also.get(label, ()))
-        new = spell(words[number % len(words)])
-        meanings.setdefault(new, []).extend([meaning] if meaning and is_told else [])
-        places.append([*meanings].index(new))
-    if len(meanings) < 2:
+        chosen = words[number % len(words)]
+        spelled.append(spell(chosen) or chosen)
+    place_of = {label: place for place, label in enumerate(dict.fromkeys(spelled))}
+    if len(place_of) < 2:
         return task, list(rows)
-    labels = {label: "; or ".join(dict.fromkeys(meaning)) for label, meaning in meanings.items()}
+    meanings: dict[str, dict[str, None]] = {label: {} for label in place_of}
+    for label, meaning in zip(spelled, task.labels.values(), strict=True):
+        if meaning and is_told:
+            meanings[label][meaning] = None
+    labels = {label: "; or ".join(meaning) for label, meaning in meanings.items()}
     name = draw.choice((task.name, *data.names))
     renamed = [
-        row if row.truth is None else replace(row, truth=tuple(sorted({places[place] for place in row.truth})))
+        row if row.truth is None else replace(row, truth=tuple(sorted({place_of[spelled[old]] for old in row.truth})))
         for row in rows
     ]
     return replace(task, name=name, labels=labels), renamed
@@ -284,14 +287,15 @@ def _words(label: str) -> list[str]:
     return re.findall(r"[^\W\d_](?:[^\W\d_]|')*|\d+", parted)
 
 
+# Empty for a label without letters and digits.
 _SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda label: label,
-    lambda label: " ".join(_words(label)).lower() or label,
-    lambda label: "_".join(_words(label)).lower() or label,
-    lambda label: "-".join(_words(label)).lower() or label,
-    lambda label: " ".join(_words(label)).capitalize() or label,
-    lambda label: " ".join(word.capitalize() for word in _words(label)) or label,
-    lambda label: "".join(word.capitalize() for word in _words(label)) or label,
+    lambda label: " ".join(_words(label)).lower(),
+    lambda label: "_".join(_words(label)).lower(),
+    lambda label: "-".join(_words(label)).lower(),
+    lambda label: " ".join(_words(label)).capitalize(),
+    lambda label: " ".join(word.capitalize() for word in _words(label)),
+    lambda label: "".join(word.capitalize() for word in _words(label)),
 )
 
 

@@ -42,6 +42,7 @@ class _Provider:
 
 # Module-level, not apache_beam.utils.shared: that one holds a weak reference, and DoFns come and go with their bundles.
 _PROVIDER = _Provider()
+atexit.register(gc.unfreeze)  # where nobody closes: some libraries complain of what is not taken down at the end
 
 
 def open_model(plan: Plan) -> SupportsAnnotate:
@@ -71,7 +72,6 @@ def engine_and_prompts(plan: Plan, open_engine: OpenEngine) -> tuple[SupportsAnn
             # What is left now stays: a third of the flow's time went into looking whether 350,000 objects are garbage.
             gc.collect()
             gc.freeze()
-            atexit.register(gc.unfreeze)  # at the end some libraries do look what was not taken down
         if engine.fingerprint != plan.model_fingerprint:
             raise CheckpointError(
                 f"{plan.checkpoint}: fingerprint {engine.fingerprint}, planned {plan.model_fingerprint}",
@@ -122,6 +122,7 @@ def close_engines() -> None:
         _PROVIDER.engines.clear()
         _PROVIDER.prompts.clear()
         _PROVIDER.proven.clear()
+    gc.unfreeze()  # or what is closed would stay in a worker that goes on to other runs
     close_caches()
 
 

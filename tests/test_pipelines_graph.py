@@ -8,7 +8,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.transforms.userstate import BagStateSpec
 
-from pipelines.graph import Flow, build, engine_and_prompts, refuse_unsafe
+from pipelines.graph import Flow, build, close_engines, engine_and_prompts, refuse_unsafe
 from schemas.errors import EnvironmentMismatch
 from tests.fakes import fake_plan, open_fake_engine, tickets, write_tickets
 
@@ -29,7 +29,8 @@ def test_what_is_there_when_a_model_was_opened_is_no_more_looked_through_for_gar
         engine_and_prompts(plan, lambda plan: open_fake_engine(plan))  # of a name of its own: opened anew
         assert gc.get_freeze_count() > 0.9 * (gc.get_freeze_count() + len(gc.get_objects()))
     finally:
-        gc.unfreeze()
+        close_engines()
+    assert gc.get_freeze_count() == 0
 
 
 def test_tagged_outputs_are_refused() -> None:

@@ -125,7 +125,7 @@ class LinearReader:
 
 
 def projected(linear: Linear, x: Tensor, read: Tensor | None) -> Tensor:
-    """Return `linear` of `x` [T, K], or of its rows `read` [N] alone."""
+    """Return `linear` of `x` [T, K], or of its rows `read` [N] alone; where these are none, no row of any width."""
     if read is None:
         return linear(x)
     x = x[read]
