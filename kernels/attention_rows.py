@@ -1,7 +1,6 @@
 """What attention does beside its products: rotation, placing rows in their slots and back, softmax. Compiled by numba.
 
-Values are computed in float32, in the order written; those in memory are float32 or bfloat16, which numba knows as
-their bits alone, uint16.
+Values are computed in float32, in the order written; those in memory are float32 or bfloat16.
 
 Legend: T rows, H heads, D head size, R slots of a block, S keys.
 """
@@ -10,11 +9,10 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.compiled import both, inline, run
+from kernels.compiled import both, inline, memory, narrow, run, widen
 from kernels.rowwise import FARTHEST, exp_parts
 
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
@@ -24,26 +22,6 @@ _BLOCKS = 4
 """Heads of sequences that share what they are computed in: where each has one row, to allocate it takes as long."""
 
 _SIGN_SHIFT, _NO_SIGN, _INFINITE = np.int32(31), np.int32(0x7FFFFFFF), np.int32(0x7F800000)
-_WORD, _HIGH, _LAST = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
-_INFINITY, _NAN, _POSITIVE = np.uint32(0x7F800000), np.uint32(0x7FC00000), np.uint32(0x7FFFFFFF)
-
-
-@inline
-def _widen(row: Any, out: Any) -> None:
-    """Write bfloat16 `row` as float32."""
-    bits = out.view(np.uint32)
-    for i in range(row.size):
-        bits[i] = np.uint32(row[i]) << _WORD
-
-
-@inline
-def _narrow(row: Any, out: Any) -> None:
-    """Write float32 `row` as bfloat16, to nearest even; NaN stays one."""
-    bits = row.view(np.uint32)
-    for i in range(row.size):
-        value = bits[i]
-        nearest = value + _HIGH + ((value >> _WORD) & _LAST)
-        out[i] = np.uint16((_NAN if (value & _POSITIVE) > _INFINITY else nearest) >> _WORD)
 
 
 @inline
@@ -103,9 +81,9 @@ def _softmax_bfloat16(scores: Any, bias: Any, rows: Any, sinks: Any, scale: Any)
         for block in range(first * _BLOCKS, min((first + 1) * _BLOCKS, blocks)):
             b, h = block // heads, block % heads
             for r in range(rows[b, 0], rows[b, 1]):
-                _widen(scores[b, h, r], wide)
+                widen(scores[b, h, r], wide)
                 _softmax(wide, bias[b % bias.shape[0], r], scale, sinks[h], powers)
-                _narrow(wide, scores[b, h, r])
+                narrow(wide, scores[b, h, r])
 
 
 def _rotate(x: Any, cos: Any, sin: Any, heads: Any) -> None:
@@ -133,7 +111,7 @@ def _spread_bfloat16(x: Any, first: Any, block: Any, slot: Any, out: Any) -> Non
     for t in numba.prange(x.shape[0]):
         for h in range(out.shape[1]):
             begin = first + h * d
-            _narrow(x[t, begin : begin + d], out[block[t], h, slot[t]])
+            narrow(x[t, begin : begin + d], out[block[t], h, slot[t]])
 
 
 def _collect_float32(x: Any, block: Any, slot: Any, out: Any) -> None:
@@ -148,20 +126,13 @@ def _collect_bfloat16(x: Any, block: Any, slot: Any, out: Any) -> None:
     d = x.shape[3]
     for t in numba.prange(out.shape[0]):
         for h in range(x.shape[1]):
-            _widen(x[block[t], h, slot[t]], out[t, h * d : (h + 1) * d])
+            widen(x[block[t], h, slot[t]], out[t, h * d : (h + 1) * d])
 
 
 _SOFTMAX = {torch.float32: both(_softmax_float32), torch.bfloat16: both(_softmax_bfloat16)}
 _SPREAD = {torch.float32: both(_spread_float32), torch.bfloat16: both(_spread_bfloat16)}
 _COLLECT = {torch.float32: both(_collect_float32), torch.bfloat16: both(_collect_bfloat16)}
 _ROTATE = both(_rotate)
-
-
-def _values(x: Tensor) -> npt.NDArray[Any]:
-    """Return the memory of `x`; bfloat16 as its bits."""
-    if not x.is_contiguous():
-        raise ValueError(f"{tuple(x.shape)=}, {x.stride()=}; rows of attention are contiguous")
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def softmax_(scores: Tensor, bias: Tensor, rows: Tensor, sinks: Tensor | None, scale: float) -> None:
@@ -178,10 +149,10 @@ def softmax_(scores: Tensor, bias: Tensor, rows: Tensor, sinks: Tensor | None, s
     run(
         _SOFTMAX[scores.dtype],
         scores.numel(),
-        _values(scores),
-        _values(bias.contiguous()),
+        memory(scores),
+        memory(bias.contiguous()),
         rows.numpy(),
-        _values(each),
+        memory(each),
         np.float32(scale),
     )
 
@@ -191,7 +162,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
 
     As `apply_rope` of kernels/cpu.py, to the bit. Source: arXiv 2104.09864.
     """
-    run(_ROTATE, len(x) * heads * 2 * cos.shape[1], _values(x), _values(cos), _values(sin), heads)
+    run(_ROTATE, len(x) * heads * 2 * cos.shape[1], memory(x), memory(cos), memory(sin), heads)
 
 
 def spread(x: Tensor, first: int, block: Tensor, slot: Tensor, out: Tensor) -> None:
@@ -209,9 +180,9 @@ def spread(x: Tensor, first: int, block: Tensor, slot: Tensor, out: Tensor) -> N
         heads = x[:, first : first + out.shape[1] * out.shape[3]].unflatten(1, (out.shape[1], out.shape[3]))
         out[block, :, slot] = heads.to(torch.float16)
         return
-    run(_SPREAD[out.dtype], size, _values(x), first, block.numpy(), slot.numpy(), _values(out))
+    run(_SPREAD[out.dtype], size, memory(x), first, block.numpy(), slot.numpy(), memory(out))
 
 
 def collect(x: Tensor, block: Tensor, slot: Tensor, out: Tensor) -> None:
     """Undo `spread`: write x[block[t], h, slot[t]] of [*, H, R, D] as out[t, h * D :][:D], `out` [T, H * D] float32."""
-    run(_COLLECT[x.dtype], out.numel(), _values(x), block.numpy(), slot.numpy(), _values(out))
+    run(_COLLECT[x.dtype], out.numel(), memory(x), block.numpy(), slot.numpy(), memory(out))

@@ -1,6 +1,7 @@
 """How loops over rows are compiled: by numba on first use, once for few rows and once for many, kept on disk.
 
-Nothing is contracted or reordered, so that a row's bits are its own on every processor and for every number of threads.
+Values are computed in float32; in memory they may be bfloat16, which numba knows as their bits alone, uint16. Nothing
+is contracted or reordered, so that a row's bits are its own on every processor and for every number of threads.
 """
 
 import functools
@@ -9,13 +10,44 @@ from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 Loop = Callable[..., Any]
 inline = numba.njit(inline="always", error_model="numpy")
 
 _SERIAL_VALUES = 32_768
 """Fewer values are not worth waking other threads for."""
+
+
+_WORD, _HIGH, _LAST = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
+_INFINITY, _NAN, _POSITIVE = np.uint32(0x7F800000), np.uint32(0x7FC00000), np.uint32(0x7FFFFFFF)
+
+
+@inline
+def widen(row: Any, out: Any) -> None:
+    """Write bfloat16 `row` as float32."""
+    bits = out.view(np.uint32)
+    for i in range(row.size):
+        bits[i] = np.uint32(row[i]) << _WORD
+
+
+@inline
+def narrow(row: Any, out: Any) -> None:
+    """Write float32 `row` as bfloat16, to nearest even; NaN stays one."""
+    bits = row.view(np.uint32)
+    for i in range(row.size):
+        value = bits[i]
+        nearest = value + _HIGH + ((value >> _WORD) & _LAST)
+        out[i] = np.uint16((_NAN if (value & _POSITIVE) > _INFINITY else nearest) >> _WORD)
+
+
+def memory(x: Tensor) -> npt.NDArray[Any]:
+    """Return the memory of contiguous `x`; bfloat16 as its bits."""
+    if not x.is_contiguous():
+        raise ValueError(f"{tuple(x.shape)=}, {x.stride()=}; rows of compiled loops are contiguous")
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _compiled(loop: Loop, many: bool) -> Loop:

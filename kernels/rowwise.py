@@ -85,20 +85,26 @@ def _gate_row(row: Any, gain: Any, limit: Any, out: Any, powers: Any) -> None:
 
 
 @inline
+def sum_by_halves(values: Any) -> Any:
+    """Return the sum of `values`, which hold parts of it afterwards."""
+    left = values.size
+    while left > _FEW:
+        half = (left + 1) // 2
+        for i in range(left - half):
+            values[i] += values[half + i]
+        left = half
+    total = _ZERO
+    for i in range(left):
+        total += values[i]
+    return total
+
+
+@inline
 def _norm(row: Any, weight: Any, eps: Any, out: Any) -> None:
     """Write `row` [D] over the root of its mean square, times `weight`."""
     for i in range(row.size):
         out[i] = row[i] * row[i]
-    left = row.size
-    while left > _FEW:
-        half = (left + 1) // 2
-        for i in range(left - half):
-            out[i] += out[half + i]
-        left = half
-    total = _ZERO
-    for i in range(left):
-        total += out[i]
-    share = _ONE / np.sqrt(total / np.float32(row.size) + eps)
+    share = _ONE / np.sqrt(sum_by_halves(out) / np.float32(row.size) + eps)
     for i in range(row.size):
         out[i] = (row[i] * share) * weight[i]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from k2model.compress.examples import Batch, Example, Forks, path_to, whole_tree
 from k2model.compress.student import Student
-from k2model.compress.student_layers import Packed, Product, bfloat16_product, float32_product, int8_product
+from k2model.compress.student_attention import Packed
+from k2model.compress.student_layers import Product, bfloat16_product, float32_product, int8_product
 from k2model.config import AttentionConfig
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from k2model.compress.convert import hub_config
 from k2model.compress.examples import Batch, Forks, whole_tree
 from k2model.compress.recipe import copy_tokenizer
-from k2model.compress.student_layers import Layer, Norm, Packed, Product, float32_product, rows_of
+from k2model.compress.student_attention import Packed
+from k2model.compress.student_layers import Layer, Norm, Product, float32_product, rows_of
 from k2model.config import AttentionConfig, ModelConfig
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.engine.candidates import ROOT
@@ -134,7 +135,6 @@ class Student(nn.Module):
         """
         device = self.head.device
         packed = Packed(batch, forks, device)
-        hidden, states = self.hidden(packed, keep)
         asked: list[int] = []
         rows: list[int] = []
         targets: list[tuple[int, ...]] = []
@@ -149,22 +149,27 @@ class Student(nn.Module):
         width = max(map(len, targets))
         columns = [[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in targets]
         columns_on = torch.tensor(columns, device=device)
+        hidden, states = self.hidden(packed, torch.tensor(asked, device=device), keep)
         head = rows_of(self.head, torch.tensor(token_ids, device=device), self.product)
-        logits = cpu.row_matmul(hidden.index_select(0, torch.tensor(asked, device=device)), head.t()).double()  # [N, U]
+        logits = cpu.row_matmul(hidden, head.t()).double()  # [N, U]
         logits = logits.gather(1, columns_on.clamp(min=0)).masked_fill(columns_on < 0, float("-inf"))
         return ForkLogits(logits, torch.tensor(rows, device=device), torch.tensor(truths, device=device), states)
 
-    def hidden(self, packed: Packed, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return the hidden states after the final norm [T, D], and what leaves the layers in `keep`, each [T, D]."""
+    def hidden(self, packed: Packed, asked: Tensor, keep: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Return what stands at places `asked` [N] after the final norm [N, D], and what leaves layers `keep` [T, D].
+
+        The last layer is computed to its end for those places alone, unless it is kept.
+        """
         frequencies = self._frequencies.to(packed.positions.device)
         rope = cos_sin(self.config.rope, frequencies, packed.positions)
         x = rows_of(self.model.embed_tokens.weight, packed.token_ids, self.product)
-        states = []
+        states, last = [], self.config.num_hidden_layers - 1
         for index, (layer, window) in enumerate(zip(self.model.layers, self.config.sliding_windows, strict=True)):
-            x = layer(x, rope, packed, window, self.product)
+            read = asked if index == last and last not in keep else None
+            x = layer(x, rope, packed, window, self.product, read)
             if index in keep:
                 states.append(x)
-        return self.model.norm(x), states
+        return self.model.norm(x.index_select(0, asked) if last in keep else x), states
 
 
 class _Model(nn.Module):

@@ -1,9 +1,8 @@
-"""The layers of a model that is trained, and the packing of its batches. Plain PyTorch; names are the checkpoint's.
+"""The layers of a model that is trained. Plain PyTorch; names are the checkpoint's.
 
-Sums are in the engine's order (k2model/decoder/step.py), so that with INT8 products a forward pass gives the bits that
-the engine will give. Rows are picked by index_select: the gradient of x[index] adds up in the order its threads come.
+With INT8 products a forward pass gives the bits that the engine will give.
 
-Legend: T packed tokens, D hidden_size, H heads, G key-value heads, B sequences of a group.
+Legend: T packed tokens, D hidden_size, H heads, G key-value heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,17 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from k2model.compress.examples import Batch, Forks
 from k2model.compress.quantize import quantize_weight
+from k2model.compress.student_attention import Packed
 from k2model.config import AttentionConfig, ModelConfig
-from k2model.decoder.step import TILE, KeyValues, PrefillGroup, Span, Step
-from kernels import cpu, ops, rowwise
+from kernels import ops, rowwise, training
 
 Product = Callable[[Tensor, Sequence[nn.Linear]], Tensor]
-"""Returns x [T, K] times each of several linears that share it, outputs side by side [T, sum of N] float32."""
-
-Tiles = list[tuple[Tensor, Tensor]]
-"""Of each tile, the queries that count and the bias, as `cpu.tiled_attention` takes them."""
+"""Returns x [T, K] times each of several linears that share it, outputs side by side [T, sum of N]: float32, or, of
+`bfloat16_product`, bfloat16."""
 
 
 def float32_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
@@ -32,10 +28,8 @@ def float32_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
 
 
 def bfloat16_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
-    """Return the product of bfloat16 values; weights stay float32 where they are learned."""
-    weight, bias = _joined(linears)
-    y = functional.linear(x.bfloat16(), weight.bfloat16()).float()
-    return y if bias is None else y + bias
+    """Return the product of bfloat16 values, in bfloat16; weights stay float32 where they are learned."""
+    return functional.linear(x.bfloat16(), *_joined(linears, torch.bfloat16))
 
 
 def int8_product(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
@@ -80,9 +74,9 @@ class _Bfloat16(torch.autograd.Function):
         return grads[0]
 
 
-def _is_the_engines(x: Tensor) -> bool:
-    """Return whether `x` is what kernels/rowwise.py computes: elsewhere torch's own operations come near enough."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+def _is_compiled(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Return whether kernels/rowwise.py or training.py computes it: elsewhere torch's operations come near enough."""
+    return x.device.type == "cpu" and x.dtype in dtypes
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -92,13 +86,15 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        if _is_the_engines(x):
+        if _is_compiled(x, torch.float32):
             return rowwise.rms_norm(x, weight, eps)
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
+        if _is_compiled(x, torch.float32):
+            return *training.rms_norm_gradient(x, weight, ctx.eps, grads[0]), None
         share = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + ctx.eps)
         normed, grad = x * share, grads[0] * weight
         of_weight = (grads[0] * normed).flatten(0, -2).sum(dim=0)
@@ -111,58 +107,37 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        if _is_the_engines(gate_up):
+        if _is_compiled(gate_up, torch.float32):
             return rowwise.swiglu(gate_up)
+        if _is_compiled(gate_up, torch.bfloat16):
+            return training.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        share = cpu.sigmoid(gate)
+        (gate_up,) = ctx.saved_tensors
+        if _is_compiled(gate_up, torch.float32, torch.bfloat16):
+            return training.swiglu_gradient(gate_up, grads[0])
+        gate, up = gate_up.chunk(2, dim=-1)
+        share = torch.sigmoid(gate)
         silu = share * gate
         return torch.cat([grads[0] * up * (share + silu * (1 - share)), grads[0] * silu], dim=-1)
 
 
-class _TiledAttention(torch.autograd.Function):
-    """What `cpu.tiled_attention` computes; the gradient is that of float32."""
+class _Rotated(torch.autograd.Function):
+    """`kernels/training.py: rotated`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, stored: torch.dtype) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.tiles, ctx.scale = tiles, scale
-        dtype = cpu.product_dtype(stored)
-        k, v = (x.to(stored).to(dtype).contiguous() for x in (k, v))
-        return cpu.tiled_attention(q.to(dtype).contiguous(), k, v, tiles, scale).float()
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        return training.rotated(x, cos, sin, heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            q, k, v = inputs
-            y = _float_attended(q, k, v, ctx.tiles, ctx.scale)
-        return *torch.autograd.grad(y, inputs, grads[0]), None, None, None
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, stored: torch.dtype) -> Tensor:
-    """Return `cpu.tiled_attention` of float32 [tiles, B, H, TILE, D], [B, G, S, D] and [B, G, S, Dv]."""
-    if not _is_the_engines(q):
-        return _float_attended(q, k, v, tiles, scale)
-    y: Tensor = _TiledAttention.apply(q, k, v, tiles, scale, stored)  # type: ignore[no-untyped-call]
-    return y
-
-
-def _float_attended(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor:
-    """Return the same by torch's own operations; zero where no sequence reaches."""
-    out = []
-    for index, (rows, bias) in enumerate(tiles):
-        count, end = len(rows), k.shape[2] - (len(tiles) - 1 - index) * TILE
-        own = q[index, :count].unflatten(1, (k.shape[1], -1))  # [count, G, H / G, TILE, D]
-        scores = torch.matmul(own, k[:count, :, None, :end].transpose(-1, -2)) * scale
-        scores = scores + functional.pad(bias, (end - bias.shape[-1], 0))[:, None, None]
-        attended = torch.matmul(torch.softmax(scores, dim=-1), v[:count, :, None, :end]).flatten(1, 2)
-        out.append(functional.pad(attended, (0, 0, 0, 0, 0, 0, 0, q.shape[1] - count)))
-    return torch.stack(out)
+        cos, sin = ctx.saved_tensors
+        return training.rotated(grads[0], cos, -sin, ctx.heads), None, None, None
 
 
 def rows_of(table: Tensor, token_ids: Tensor, product: Product) -> Tensor:
@@ -176,125 +151,13 @@ def _applied(function: Any, *inputs: Tensor | float | None) -> Tensor:
     return y
 
 
-def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _joined(linears: Sequence[nn.Linear], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of linears below each other, and their biases, as `dtype` if one is given."""
+    weights = [linear.weight.to(dtype) for linear in linears]
+    biases = [linear.bias.to(dtype) for linear in linears if linear.bias is not None]
     if len(linears) == 1:
-        return linears[0].weight, linears[0].bias
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None
-
-
-def _with_zero_row(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-
-
-class Group:
-    """Sequences whose prompts begin in the same tile: where each of their tokens stands for attention."""
-
-    def __init__(self, group: PrefillGroup, prefix: slice, num_tokens: int, device: torch.device) -> None:
-        """Lay out `group`; `prefix` are the packed tokens that its sequences with a past begin with."""
-        self._group, self._device, self._prefix = group, device, prefix
-        self._at_once: tuple[Tensor, Tensor, Tensor] | None = None
-        self.tokens = group.tokens
-        self._tiles: dict[int | None, Tiles] = {}
-        query_rows = group.owner * group.num_slots + group.slots - group.first_tile * TILE
-        self._query_rows = query_rows.to(device)
-        queries = torch.full((len(group.spans) * group.num_slots,), len(group.owner))
-        queries[query_rows] = torch.arange(len(group.owner))
-        self._queries = queries.to(device)
-        keys = torch.full((len(group.spans), group.capacity), num_tokens)
-        for row, span in enumerate(group.spans):
-            keys[row, : span.start] = torch.arange(prefix.start, prefix.start + span.start)
-        keys[group.owner, group.slots] = torch.arange(group.tokens.start, group.tokens.stop)
-        self._keys = keys.flatten().to(device)
-
-    def attend(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None, stored: torch.dtype) -> Tensor:
-        """Return [tokens of the group, H * head_dim] as the engine computes it of keys and values kept as `stored`.
-
-        Args:
-            q: [T, H, head_dim].
-            kv: [T, G, 2 * head_dim].
-            config: the layer's.
-            window: how far back a token sees.
-            stored: dtype of keys and values.
-        """
-        batch = len(self._group.spans)
-        spread = _with_zero_row(q[self.tokens]).index_select(0, self._queries)
-        keys_values = _with_zero_row(kv).index_select(0, self._keys).view(batch, self._group.capacity, *kv.shape[1:])
-        k, v = keys_values.transpose(1, 2).split(config.head_dim, dim=-1)
-        by_tile = spread.view(batch, -1, TILE, *q.shape[1:]).permute(1, 0, 3, 2, 4)  # [tiles, B, H, TILE, head_dim]
-        attended = _attended(by_tile, k, v, self._tiles_of(window), config.softmax_scale, stored)
-        return attended.permute(1, 0, 3, 2, 4).flatten(0, 2).index_select(0, self._query_rows).flatten(1)
-
-    def attend_at_once(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None) -> Tensor:
-        """Return what `attend` does to bfloat16's precision: all tiles at once, what is shared never copied."""
-        start, batch, d = self._group.spans[0].start, len(self._group.spans), config.head_dim
-        if window is not None or any(span.start != start for span in self._group.spans):
-            return self.attend(q, kv, config, window, torch.bfloat16)
-        groups, own = kv.shape[1], max(span.size for span in self._group.spans)
-        size = q.shape[1] // groups * own  # queries of a sequence that read one key-value head
-        place, rows, bias = self._own(start, own)
-        queries, own_kv = (
-            _with_zero_row(x[self.tokens].bfloat16()).index_select(0, place).view(batch, own, groups, -1, x.shape[2])
-            for x in (q, kv)
-        )
-        queries = queries.permute(2, 0, 3, 1, 4).reshape(groups, -1, d)  # [G, B * H / G * own, head_dim]
-        own_k, own_v = own_kv.permute(2, 0, 3, 1, 4).reshape(groups * batch, own, -1).split(d, dim=-1)
-        past = kv[self._prefix.start : self._prefix.start + start].bfloat16().transpose(0, 1)
-        past_k, past_v = past.split(d, dim=-1)  # [G, start, head_dim]
-        of_own = torch.matmul(queries.view(groups * batch, size, d), own_k.transpose(1, 2))
-        of_own = (of_own.view(groups, batch, -1, own, own) + bias[:, None]).view(groups * batch, size, own)
-        of_past = torch.matmul(queries, past_k.transpose(1, 2)).view(groups * batch, size, start)
-        scores = torch.cat([of_past, of_own], dim=-1).float() * config.softmax_scale
-        of_past, of_own = torch.softmax(scores, dim=-1).bfloat16().split([start, own], dim=-1)
-        out = torch.matmul(of_own, own_v)
-        if start:
-            out = out + torch.matmul(of_past.reshape(groups, -1, start), past_v).view_as(out)
-        spread = out.view(groups, batch, -1, own, d).permute(1, 3, 0, 2, 4).reshape(batch * own, -1)
-        return spread.index_select(0, rows).float()
-
-    def _own(self, start: int, own: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for `own` places of each sequence behind `start`: what stands there, each token's place, the bias."""
-        if self._at_once is None:
-            group, batch = self._group, len(self._group.spans)
-            rows = group.owner * own + group.slots - start
-            place = torch.full((batch * own,), len(group.owner))
-            place[rows] = torch.arange(len(group.owner))
-            bias = torch.full((batch, group.num_slots, group.capacity), float("-inf"))
-            for index, tile in enumerate(group.tiles(None)):
-                end, width = (group.first_tile + index + 1) * TILE, tile.bias.shape[-1]
-                query = slice(index * TILE, (index + 1) * TILE)
-                count = len(tile.rows)
-                bias[:count, query, : end - width] = 0.0
-                bias[:count, query, end - width : end] = tile.bias
-                bias[count:, query] = 0.0  # nothing stands there
-            first = start - group.first_tile * TILE
-            bias = bias[:, first : first + own, start : start + own].bfloat16()
-            self._at_once = place.to(self._device), rows.to(self._device), bias.to(self._device)
-        return self._at_once
-
-    def _tiles_of(self, window: int | None) -> Tiles:
-        if window not in self._tiles:
-            tiles = self._group.tiles(window)
-            self._tiles[window] = [(tile.rows, tile.bias.to(self._device)) for tile in tiles]
-        return self._tiles[window]
-
-
-class Packed:
-    """A batch as one pass: the instructions once, then each example's own tokens and branches, without padding."""
-
-    def __init__(self, batch: Batch, forks: Sequence[Forks], device: torch.device) -> None:
-        """Pack `batch`, each example with the branches of its `forks`."""
-        prefix = batch.prefix_ids
-        past = (KeyValues(torch.empty(1, 1, 1, len(prefix), 0), 0),) if prefix else ()
-        spans = [Span(prefix)] if prefix else []
-        for example, asked in zip(batch.examples, forks, strict=True):
-            spans.append(Span(example.prompt_ids[len(prefix) :], past, asked.branches))
-        step = Step(spans)
-        self.token_ids, self.positions = step.token_ids.to(device), step.positions.to(device)
-        self.groups = [Group(group, step.rows[0], len(step.token_ids), device) for group in step.prefill]
-        own = zip(step.rows[len(spans) - len(forks) :], spans[len(spans) - len(forks) :], strict=True)
-        self.ends = torch.tensor([rows.start + len(span.token_ids) for rows, span in own])
-        """[examples] the packed place behind each prompt, where its branches begin."""
+        return weights[0], biases[0] if biases else None
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 class Norm(nn.Module):
@@ -325,24 +188,44 @@ class Attention(nn.Module):
         self.k_norm = Norm(config.head_dim, eps) if config.qk_norm else None
 
     def forward(
-        self, h: Tensor, rope: tuple[Tensor, Tensor], packed: Packed, window: int | None, product: Product
+        self,
+        h: Tensor,
+        rope: tuple[Tensor, Tensor],
+        packed: Packed,
+        window: int | None,
+        product: Product,
+        read: Tensor | None,
     ) -> Tensor:
-        """Return [T, D] for normed `h` [T, D]."""
+        """Return [T, D] for normed `h` [T, D]; of the places `read` [N] alone, [N, D], if those are given."""
         config = self._config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = product(h, [self.q_proj, self.k_proj, self.v_proj])
-        q, k, v = qkv.view(len(h), -1, config.head_dim).split([heads, kv_heads, kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, kv = _rotated(q, *rope), torch.cat([_rotated(k, *rope), v], dim=-1)
-        stored = torch.bfloat16 if product is int8_product else torch.float32
-        attended = [
-            group.attend_at_once(q, kv, config, window)
-            if product is bfloat16_product
-            else group.attend(q, kv, config, window, stored)
-            for group in packed.groups
-        ]
-        return product(torch.cat(attended), [self.o_proj])
+        if product is bfloat16_product:
+            q, kv = self._rotated_in_bfloat16(qkv, rope)
+            attended = [group.attend_at_once(q, kv, config, window) for group in packed.groups]
+        else:
+            q, k, v = qkv.view(len(h), -1, config.head_dim).split([heads, kv_heads, kv_heads], dim=1)
+            q, k = self._normed(q, k)
+            q, kv = _rotated(q, *rope), torch.cat([_rotated(k, *rope), v], dim=-1)
+            stored = torch.bfloat16 if product is int8_product else torch.float32
+            attended = [group.attend(q, kv, config, window, stored) for group in packed.groups]
+        of_all = torch.cat(attended)
+        return product(of_all if read is None else of_all.index_select(0, read), [self.o_proj])
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
+    def _rotated_in_bfloat16(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, head_dim], and keys and values [T, G, 2 * head_dim]."""
+        config = self._config
+        sizes = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        if _is_compiled(qkv, torch.bfloat16) and self.q_norm is None:
+            qkv = _applied(_Rotated, qkv, *rope, sizes[0] + sizes[1])
+            q, k, v = qkv.view(len(qkv), -1, config.head_dim).split(sizes, dim=1)
+        else:
+            q, k, v = qkv.view(len(qkv), -1, config.head_dim).split(sizes, dim=1)
+            q, k = (_rotated(x, *rope).bfloat16() for x in self._normed(q.float(), k.float()))
+        return q, torch.cat([k, v], dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -372,11 +255,18 @@ class Layer(nn.Module):
         self.mlp = FeedForward(d, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], packed: Packed, window: int | None, product: Product
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        packed: Packed,
+        window: int | None,
+        product: Product,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Return the layer's output [T, D] for `x` [T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, packed, window, product)
-        hidden: Tensor = x + self.mlp(self.post_attention_layernorm(x), product)
+        """Return the layer's output [T, D] for `x` [T, D]; of the places `read` [N] alone, if those are given."""
+        attended = self.self_attn(self.input_layernorm(x), rope, packed, window, product, read).to(x.dtype)
+        x = (x if read is None else x.index_select(0, read)) + attended
+        hidden: Tensor = x + self.mlp(self.post_attention_layernorm(x), product).to(x.dtype)
         return hidden
 
 
