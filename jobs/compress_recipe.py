@@ -295,11 +295,11 @@ def read_columns_of(url: str, names: Sequence[str], columns: TicketColumns | Non
 def _steps(root: Section) -> tuple[Step, ...]:
     steps = tuple(_step(each) for each in _tables(root, "step", 'kind = "tune"'))
     kinds = [step.kind for step in steps]
-    for number, step in enumerate(steps):
-        if "experts" in kinds[:number] and step.kind != "vocabulary" and step.is_told():
+    for number, kind in enumerate(kinds):
+        if "experts" in kinds[:number] and kind in ("prune", "experts"):
             raise SpecError(
-                f'{root.file}: [[step]] {number + 1}, "{step.kind}", cannot be done to a model in experts',
-                remedy='put [[step]] kind = "experts" behind it; kind = "quantize" with steps = 0 may follow',
+                f'{root.file}: [[step]] {number + 1}, "{kind}", cannot be done to a model in experts',
+                remedy='put [[step]] kind = "experts" behind it',
             )
     return steps
 

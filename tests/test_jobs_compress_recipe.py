@@ -123,10 +123,11 @@ def test_quantizing_needs_no_training(tmp_path: Path) -> None:
     assert load(tmp_path, ("tune", "quantize"), ("steps = 3", "steps = 0")).steps[0].options["steps"] == 0
 
 
-def test_a_model_in_experts_is_not_trained_and_that_is_told_first(tmp_path: Path) -> None:
+def test_a_model_in_experts_is_trained_and_not_cut_again_and_that_is_told_first(tmp_path: Path) -> None:
     experts = 'kind = "experts"\n[[step]]\nkind = "vocabulary"\n[[step]]\n'
-    load(tmp_path, ('kind = "tune"\nsteps = 3', f'{experts}kind = "quantize"\nsteps = 0'))
-    for step in ('kind = "tune"', 'kind = "quantize"', 'kind = "prune"', 'kind = "experts"'):
+    for step in ('kind = "tune"', 'kind = "distill"', 'kind = "quantize"'):
+        assert len(load(tmp_path, ('kind = "tune"\nsteps = 3', experts + step)).steps) == 3
+    for step in ('kind = "prune"', 'kind = "experts"'):
         with pytest.raises(SpecError, match=r"\[\[step\]\] 3.*cannot be done to a model in experts"):
             load(tmp_path, ('kind = "tune"\nsteps = 3', experts + step))
 

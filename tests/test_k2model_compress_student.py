@@ -190,8 +190,8 @@ def test_a_quantized_checkpoint_is_expanded_and_written_without_its_quantization
     assert {info.dtype for info in weights.infos.values()} == {"F32"}
 
 
-def test_experts_and_latents_are_refused(tmp_path: Path) -> None:
-    for family, what in (("mixtral", "routed experts"), ("deepseek_v3", "routed experts")):
+def test_experts_of_another_kind_and_latents_are_refused(tmp_path: Path) -> None:
+    for family, what in (("mixtral", "other routed experts"), ("deepseek_v3", "latent attention")):
         folder = write_checkpoint(tmp_path / family, family=family)
         with pytest.raises(SpecError, match=f"a {family} model has {what}"):
             Student.open(str(folder))

@@ -34,12 +34,15 @@ class Mix:
     """Of the right answers in the loss; the rest is the teacher's. Examples without one have the teacher's alone."""
     hidden_weight: float = 1.0
     """Of the hidden states' distance, relative to the teacher's length, so 1 is as far off as nothing at all."""
+    balance_weight: float = 0.0
+    """Of how unevenly experts are chosen (arXiv 2101.03961), which is 1 if they are evenly; none in a dense student."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or not 0 <= self.label_share <= 1 or self.hidden_weight < 0:
+        weights = self.hidden_weight, self.balance_weight
+        if self.temperature <= 0 or not 0 <= self.label_share <= 1 or min(weights) < 0:
             raise SpecError(
                 f"temperature {self.temperature} is to be above 0, label_share {self.label_share} within 0 and 1, "
-                f"hidden_weight {self.hidden_weight} 0 or more"
+                f"hidden_weight {self.hidden_weight} and balance_weight {self.balance_weight} 0 or more"
             )
 
 
@@ -83,7 +86,7 @@ class DistillationLoss:
         for index, (own, theirs) in enumerate(zip(found.states, taught.states, strict=True)):
             projected = self._projections[index](own) if self._projections else own
             total = total + mix.hidden_weight / len(self._layers) * _relative_distance(projected, theirs)
-        return total
+        return total + mix.balance_weight * student.imbalance() if mix.balance_weight else total
 
     def _forks(self, batch: Batch) -> list[Forks]:
         """Return what each example is asked: the whole tree if it is small, else the way to one answer.

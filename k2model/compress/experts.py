@@ -1,4 +1,6 @@
-"""Dense feed-forwards cut into a shared and routed experts, by what their neurons do on prompts. Nothing is trained.
+"""Dense feed-forwards cut into a shared and routed experts, by what their neurons do on prompts.
+
+Nothing is trained here; `tune`, `distill` and `quantize` train what it leaves (student_layers.py).
 
 After CMoE (arXiv 2502.04416), but for three choices that keep more of SmolLM2's output at equal arithmetic
 (BENCHMARKS.md): the shared expert is of the neurons that give most output, not of those that are most often among the

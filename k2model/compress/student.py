@@ -1,4 +1,4 @@
-"""A model that is trained: a dense decoder made of any checkpoint that opens, and written as a Hugging Face folder.
+"""A model that is trained: made of a dense checkpoint, or one cut into experts, and written as a Hugging Face folder.
 
 Legend: T packed tokens, D hidden_size, V vocabulary, N forks of all examples, C tokens that may follow one,
 U distinct ones of all.
@@ -17,7 +17,7 @@ from k2model.compress.convert import hub_config
 from k2model.compress.examples import Batch, Forks, whole_tree
 from k2model.compress.recipe import copy_tokenizer
 from k2model.compress.student_attention import Packed
-from k2model.compress.student_layers import Layer, Norm, Product, float32_product, rows_of
+from k2model.compress.student_layers import Layer, MixtureOfExperts, Norm, Product, float32_product, rows_of
 from k2model.config import AttentionConfig, ModelConfig
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.engine.candidates import ROOT
@@ -54,16 +54,16 @@ class Student(nn.Module):
             tensors: every tensor by the model's names (k2model/parameters.py), float32; `lm_head.weight` unless tied.
             source: a checkpoint whose tokenizer goes with it.
 
-        Raises: SpecError for a model with routed experts or latent attention; RuntimeError for tensors that do not fit.
+        Raises: SpecError for other routed experts, or latent attention; RuntimeError for tensors that do not fit.
         """
         super().__init__()
         self.config_json = dict(config_json)
         self.config = config = ModelConfig.from_dict(config_json, source.name)
-        if config.moe is not None or not isinstance(config.attention, AttentionConfig):
-            what = "routed experts" if config.moe is not None else "latent attention"
+        if not isinstance(config.attention, AttentionConfig) or not _has_experts_as_cut_here(config):
+            what = "other routed experts" if isinstance(config.attention, AttentionConfig) else "latent attention"
             raise SpecError(
-                f"{source.name}: a {config.family} model has {what}, and dense ones are trained here",
-                remedy="give a llama, qwen2 or qwen3 checkpoint",
+                f"{source.name}: a {config.family} model has {what}, and dense ones and those cut here are trained",
+                remedy="give a llama, qwen2 or qwen3 checkpoint, or one of the step `experts`",
             )
         self.source = source
         self.product: Product = float32_product
@@ -116,6 +116,11 @@ class Student(nn.Module):
     def head(self) -> Tensor:
         """The output embedding [V, D]."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def imbalance(self) -> Tensor:
+        """Return how unevenly experts were chosen in the last pass, a scalar, at least about 1; 0 without experts."""
+        layers = [layer.mlp.imbalance for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        return torch.stack(layers).mean() if layers else self.head.new_zeros(())
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the log-probability of every candidate [examples, candidates] float64, as the engine scores them."""
@@ -172,11 +177,17 @@ class Student(nn.Module):
         return self.model.norm(x.index_select(0, asked) if last in keep else x), states
 
 
+def _has_experts_as_cut_here(config: ModelConfig) -> bool:
+    """Return whether the experts of `config`, if it has any, are as `cut_experts` makes them."""
+    moe = config.moe
+    return moe is None or (config.family == "glm4_moe" and moe.n_group == 1 and not moe.norm_topk_prob)
+
+
 class _Model(nn.Module):
     """Everything but the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)

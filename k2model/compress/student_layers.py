@@ -2,7 +2,7 @@
 
 With INT8 products a forward pass gives the bits that the engine will give.
 
-Legend: T packed tokens, D hidden_size, H heads, G key-value heads.
+Legend: T packed tokens, D hidden_size, H heads, G key-value heads, E routed experts, A experts per token.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from k2model.compress.quantize import quantize_weight
 from k2model.compress.student_attention import Packed
-from k2model.config import AttentionConfig, ModelConfig
-from kernels import ops, rowwise, training
+from k2model.config import AttentionConfig, ModelConfig, MoeConfig
+from kernels import cpu, ops, rowwise, training
 
 Product = Callable[[Tensor, Sequence[nn.Linear]], Tensor]
 """Returns x [T, K] times each of several linears that share it, outputs side by side [T, sum of N]: float32, or, of
@@ -242,17 +242,87 @@ class FeedForward(nn.Module):
         return product(_applied(_Swiglu, product(h, [self.gate_proj, self.up_proj])), [self.down_proj])
 
 
+class Router(nn.Module):
+    """Scores experts for every token."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, d: int, n_routed_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, d))
+        self.register_buffer("e_score_correction_bias", torch.empty(n_routed_experts))
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts and a shared one, as `cut_experts` makes them, in the engine's order.
+
+    Every token's experts are computed for it and no other, as in a run, so a step costs what its share of them does.
+    Which are chosen has no gradient; what each weighs has one.
+    """
+
+    def __init__(self, d: int, config: MoeConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.gate = Router(d, config.n_routed_experts)
+        self.experts = nn.ModuleList(
+            FeedForward(d, config.moe_intermediate_size, False) for _ in range(config.n_routed_experts)
+        )
+        self.shared_experts = FeedForward(d, config.shared_intermediate_size, False)
+        self.imbalance = torch.zeros(())
+        """How unevenly the last tokens chose: 1 if every expert is as likely and as often taken. arXiv 2101.03961."""
+
+    def forward(self, h: Tensor, product: Product) -> Tensor:
+        """Return [T, D] for normed `h` [T, D]."""
+        moe = self._config
+        expert_ids, weights = self._chosen(cpu.row_matmul(h, self.gate.weight.t()))
+        slots = expert_ids.flatten().sort(stable=True).indices
+        counts = torch.bincount(expert_ids.flatten(), minlength=moe.n_routed_experts)
+        rows = slots // moe.num_experts_per_tok
+        taken = h.index_select(0, rows).split(counts.tolist())
+        outputs = [expert(x, product).to(h.dtype) for expert, x in zip(self.experts, taken, strict=True) if len(x)]
+        weighed = torch.cat(outputs) * weights.flatten().index_select(0, slots)[:, None]
+        out = torch.zeros_like(h).index_add(0, rows, weighed)  # in ascending order of the experts
+        shared: Tensor = self.shared_experts(h, product).to(h.dtype)
+        return out + shared
+
+    def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of each token [T, A] int64, ascending, and what they weigh [T, A]."""
+        moe = self._config
+        expert_ids, weights, _ = ops.route(
+            logits.detach(),
+            self.gate.e_score_correction_bias,
+            moe.num_experts_per_tok,
+            scoring=moe.scoring_func,
+            n_group=moe.n_group,
+            topk_group=moe.topk_group,
+            norm_topk_prob=moe.norm_topk_prob,
+            routed_scaling_factor=moe.routed_scaling_factor,
+        )
+        chosen, scores = expert_ids.long(), torch.sigmoid(logits)
+        share = torch.bincount(chosen.flatten(), minlength=moe.n_routed_experts) / chosen.numel()
+        likely = (scores / scores.sum(dim=1, keepdim=True)).mean(dim=0)
+        self.imbalance = moe.n_routed_experts * (share * likely).sum()
+        own = moe.routed_scaling_factor * scores.gather(1, chosen)
+        return chosen, weights + (own - own.detach())  # the engine's bits, with a gradient
+
+
 class Layer(nn.Module):
     """Attention and feed-forward, pre-norm, with residuals."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        """Make layer `index`."""
         super().__init__()
         assert isinstance(config.attention, AttentionConfig)
         d, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = Norm(d, eps)
         self.self_attn = Attention(config.attention, d, eps)
         self.post_attention_layernorm = Norm(d, eps)
-        self.mlp = FeedForward(d, config.intermediate_size, config.mlp_bias)
+        self.mlp: FeedForward | MixtureOfExperts
+        if config.is_moe[index]:
+            assert config.moe is not None
+            self.mlp = MixtureOfExperts(d, config.moe)
+        else:
+            self.mlp = FeedForward(d, config.intermediate_size, config.mlp_bias)
 
     def forward(
         self,
