@@ -16,6 +16,7 @@ import numpy as np
 from jobs.compress_data import Question, Row
 from jobs.evaluate import Answers, measures, one_hot
 from k2model.compress.recipe import is_quantized
+from k2model.compress.train import has_bfloat16_product
 from k2model.config import ModelConfig
 from k2model.engine.engine import Engine
 from k2model.engine.request import Completion, Request
@@ -32,13 +33,14 @@ _ROUNDS = 2
 def measure(name: str, questions: Sequence[Question], max_prompt_tokens: int) -> dict[str, Any]:
     """Return quality, bytes and FLOPs of checkpoint `name`.
 
-    Quality is that of the weights as they are stored: INT8 where they are INT8, else in float32.
+    Quality is that of the weights as they are stored: INT8 where they are INT8, else in bfloat16 where the processor
+    multiplies it, as they were trained, three times as fast as in float32.
 
     Raises: CheckpointError; K2Error if a row cannot be computed.
     """
     source = open_checkpoint(name)
     config = source.config()
-    precision = "int8" if is_quantized(source) else "fp32"
+    precision = "int8" if is_quantized(source) else "bf16" if has_bfloat16_product("cpu") else "fp32"
     with _opened(name, precision) as engine:
         quality = {each.name: _quality(engine, each, max_prompt_tokens) for each in questions if each.held_back}
     return {

@@ -17,6 +17,7 @@ from jobs.compress_data import read_questions
 from jobs.compress_measure import measure
 from jobs.compress_recipe import load_recipe
 from k2model.compress import calibrate
+from k2model.compress.train import has_bfloat16_product
 from k2model.compress.train_state import read_curve
 from k2model.engine.engine import Engine
 from pipelines.prompts import Prompts
@@ -24,6 +25,8 @@ from schemas.errors import RowError, SpecError
 from tests.checkpoints import write_checkpoint
 from tests.fakes import write_tickets
 from tests.test_jobs_compress_data import LABELS, table
+
+FLOATS = "bf16" if has_bfloat16_product("cpu") else "fp32"
 
 RECIPE = f"""
 [compress]
@@ -111,7 +114,7 @@ def test_every_step_leaves_a_checkpoint_and_a_line_beside_the_teacher(folder: Pa
     assert facts["reference"] == "out/01-tune"
     assert ["retention" in line for line in facts["steps"]] == [False, True, True, True, True]
     assert facts["steps"][1]["retention"]["macro_f1"] in (1.0, None)
-    assert [line["precision"] for line in facts["steps"]] == [*["fp32"] * 4, "int8"]
+    assert [line["precision"] for line in facts["steps"]] == [*[FLOATS] * 4, "int8"]
     last = facts["steps"][-1]
     assert last["quality"]["bank/intent"]["rows"] == 6
     assert 0 < last["flops_saved"]["pruned"] < 1
@@ -186,7 +189,7 @@ def test_a_question_with_calibration_is_judged_with_it(whole: Path, monkeypatch:
     calibrated = RECIPE.replace('truth = "label"', 'truth = "label"\ncalibrate = true')
     (whole / "calibrated.toml").write_text(calibrated)
     (question,) = read_questions(load_recipe("calibrated.toml"))
-    engine = Engine.open("teacher", precision="fp32")
+    engine = Engine.open("teacher", precision=FLOATS)
     try:
         prompts = Prompts([question.task], engine.tokenizer, 512)
         prompts.calibrate(engine)
