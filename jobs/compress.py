@@ -69,8 +69,17 @@ class _Run:
         """Return the checkpoint that step `number` leaves; the teacher for -1."""
         return str(self.target(number)) if number >= 0 else self.recipe.teacher
 
+    def source(self, number: int) -> str:
+        """Return the checkpoint that step `number` begins from."""
+        return self.recipe.student or self.recipe.teacher if number == 0 else self.checkpoint(number - 1)
+
     def reference(self) -> int:
-        """Return the step whose checkpoint the later ones are to equal; -1 for the teacher."""
+        """Return the step whose checkpoint the later ones are to equal; -1 for the teacher.
+
+        Steps that begin from a student of their own are its, not the teacher's.
+        """
+        if self.recipe.student:
+            return -1
         kinds = [step.kind for step in self.recipe.steps]
         return next((number for number, kind in enumerate(kinds) if kind in _SHRINKING), 0) - 1
 
@@ -156,6 +165,8 @@ def _lines(run: _Run, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
         kept = {"made_of": shown, "measures": run.measured(-1)}
         _write(run.folder / _TEACHER, kept)
     yield {"name": "teacher", "kind": "teacher", "checkpoint": recipe.teacher, **kept["measures"]}
+    if recipe.student:
+        made_of = digest([made_of, fingerprint(recipe.student, "fp32")])
     for number, step in enumerate(recipe.steps):
         check()
         made_of = digest([made_of, asdict(step), recipe.seed, recipe.max_prompt_tokens])
@@ -172,14 +183,14 @@ def _done(run: _Run, number: int, made_of: str, check: Callable[[], None]) -> di
     kept = _read(note)
     if kept.get("made_of", made_of) != made_of or (target.exists() and not kept):
         raise SpecError(
-            f"{target} was made of other data, options, steps before it, or another teacher",
+            f"{target} was made of other data, options, steps before it, or another teacher or student",
             remedy="give another [compress] output, or remove that folder, the file beside it and those after it",
         )
     if not kept:
         kept = {"made_of": made_of}
         _write(note, kept)
     if "facts" not in kept:
-        run.say(f"{target.name}: from {run.checkpoint(number - 1)}")
+        run.say(f"{target.name}: from {run.source(number)}")
         target.mkdir(exist_ok=True)
         # A kill between a step's last byte and its note leaves a checkpoint that is whole: config.json is its last, or
         # what it goes on from is there. A conversion, whose config.json is its first, finds by itself what is left.
@@ -196,7 +207,7 @@ def _done(run: _Run, number: int, made_of: str, check: Callable[[], None]) -> di
 
 def _do(run: _Run, number: int, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Do step `number`; return the facts of it."""
-    step, source, target = run.recipe.steps[number], run.checkpoint(number - 1), run.target(number)
+    step, source, target = run.recipe.steps[number], run.source(number), run.target(number)
     if step.kind == "prune":
         return prune(source, target, _batches(run, source, _PRUNED_BATCH_ROWS), step.only(Pruning), progress)
     if step.kind == "experts":

@@ -55,7 +55,7 @@ _LEARNING = ("truth", "label_sample", "renamed", "names", "also")
 _KEYS: dict[str, tuple[str, ...]] = {
     "": ("compress", "data", "step"),
     "compress": (
-        *("teacher", "output", "seed", "seeds", "max_prompt_tokens"),
+        *("teacher", "student", "output", "seed", "seeds", "max_prompt_tokens"),
         *("watched_rows", "validation_rows", "speed_rows"),
     ),
     "data": ("name", "urls", "validation", "held_back", "columns", "weight", "rows", "task"),
@@ -129,6 +129,8 @@ class Recipe:
     """What a person asks for: which teacher, which tickets, which steps, where to."""
 
     teacher: str
+    student: str
+    """What the first step begins from, where that is a checkpoint made before; empty for the teacher itself."""
     output: str
     seed: int
     seeds: int
@@ -168,6 +170,7 @@ def load_recipe(path: str, data: str = "", overrides: Mapping[str, Any] | None =
         raise section.wrong("output", "a folder of this machine", "train here, then copy the folder of the last step")
     return Recipe(
         teacher=section.text("teacher", DEFAULT_CHECKPOINT) or DEFAULT_CHECKPOINT,
+        student=section.text("student", ""),
         output=output,
         seed=section.integer("seed", 0, least=0),
         seeds=section.integer("seeds", 1),

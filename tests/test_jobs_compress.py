@@ -20,6 +20,7 @@ from k2model.compress import calibrate
 from k2model.compress.train import has_bfloat16_product
 from k2model.compress.train_state import read_curve
 from k2model.engine.engine import Engine
+from k2model.formats.checkpoint import open_checkpoint
 from pipelines.prompts import Prompts
 from schemas.errors import RowError, SpecError
 from tests.checkpoints import write_checkpoint
@@ -153,6 +154,27 @@ def test_a_stop_is_gone_on_from_to_the_same_weights(folder: Path, capsys: pytest
     assert "step 3" not in captured.err
     assert "04-quantize" in captured.out
     assert written(folder / "out") == written(folder / "expected")
+
+
+def test_steps_begin_from_a_student_made_before_and_the_teacher_teaches_it(folder: Path) -> None:
+    steps = RECIPE[RECIPE.index('[[step]]\nkind = "distill"') :]
+    again = RECIPE[: RECIPE.index("[[step]]")].replace('output = "out"', 'student = "out/02-prune"\noutput = "again"')
+    (folder / "again.toml").write_text(again + steps)
+    lines: list[str] = []
+    facts, is_done = compress(load_recipe("again.toml"), lines.append)
+    assert is_done
+    assert "01-distill: from out/02-prune" in lines
+    assert (facts["reference"], [line["name"] for line in facts["steps"]]) == (
+        "teacher",
+        ["teacher", "01-distill", "02-quantize"],
+    )
+    assert 0 < facts["steps"][1]["flops_saved"]["pruned"] < 1
+    assert open_checkpoint("again/01-distill").config().num_hidden_layers == 1
+    alone = measure("teacher", read_questions(load_recipe("again.toml")), 512)["quality"]
+    assert facts["steps"][0]["quality"] == alone
+    (folder / "again.toml").write_text((again + steps).replace("out/02-prune", "teacher"))
+    with pytest.raises(SpecError, match=r"again/01-distill was made of other.*or student"):
+        compress(load_recipe("again.toml"))
 
 
 def test_ctrl_c_exits_with_5_and_the_handlers_are_what_they_were(

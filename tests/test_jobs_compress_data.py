@@ -57,6 +57,7 @@ def recipe(
     )
     return Recipe(
         teacher="t",
+        student="",
         output="o",
         seed=0,
         seeds=1,
