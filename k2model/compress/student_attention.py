@@ -26,23 +26,24 @@ Tiles = list[tuple[Tensor, Tensor]]
 
 
 class _TiledAttention(torch.autograd.Function):
-    """What `cpu.tiled_attention` computes; the gradient is that of float32."""
+    """What `cpu.tiled_attention` computes; the gradient is that of torch's own operations in as many digits."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, stored: torch.dtype) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.tiles, ctx.scale = tiles, scale
-        dtype = cpu.product_dtype(stored)
+        ctx.tiles, ctx.scale, ctx.dtype = tiles, scale, cpu.product_dtype(stored)
+        dtype = ctx.dtype
         k, v = (x.to(stored).to(dtype).contiguous() for x in (k, v))
         return cpu.tiled_attention(q.to(dtype).contiguous(), k, v, tiles, scale).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        inputs = [x.detach().to(ctx.dtype).requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             q, k, v = inputs
             y = _float_attended(q, k, v, ctx.tiles, ctx.scale)
-        return *torch.autograd.grad(y, inputs, grads[0]), None, None, None
+        found = torch.autograd.grad(y, inputs, grads[0].to(ctx.dtype))
+        return *(each.float() for each in found), None, None, None
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float, stored: torch.dtype) -> Tensor:
@@ -60,7 +61,7 @@ def _float_attended(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float)
         count, end = len(rows), k.shape[2] - (len(tiles) - 1 - index) * TILE
         own = q[index, :count].unflatten(1, (k.shape[1], -1))  # [count, G, H / G, TILE, D]
         scores = torch.matmul(own, k[:count, :, None, :end].transpose(-1, -2)) * scale
-        scores = scores + functional.pad(bias, (end - bias.shape[-1], 0))[:, None, None]
+        scores = scores + functional.pad(bias.to(q.dtype), (end - bias.shape[-1], 0))[:, None, None]
         attended = torch.matmul(torch.softmax(scores, dim=-1), v[:count, :, None, :end]).flatten(1, 2)
         out.append(functional.pad(attended, (0, 0, 0, 0, 0, 0, 0, q.shape[1] - count)))
     return torch.stack(out)

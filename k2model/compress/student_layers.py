@@ -53,12 +53,13 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_int8, x_scale, weight_int8, weight_scale = ctx.saved_tensors
-        (grad,) = grads
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        dtype = cpu.product_dtype(torch.bfloat16) if grads[0].device.type == "cpu" else grads[0].dtype
+        grad = grads[0].to(dtype)
         return (
-            grad @ (weight_int8.float() * weight_scale) if needs_x else None,
-            grad.t() @ (x_int8.float() * x_scale[:, None]) if needs_weight else None,
-            grad.sum(dim=0) if needs_bias else None,
+            (grad @ (weight_int8 * weight_scale).to(dtype)).float() if needs_x else None,
+            (grad.t() @ (x_int8 * x_scale[:, None]).to(dtype)).float() if needs_weight else None,
+            grads[0].sum(dim=0) if needs_bias else None,
         )
 
 
