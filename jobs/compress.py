@@ -225,7 +225,12 @@ def _do(run: _Run, number: int, progress: Callable[[dict[str, Any]], None]) -> d
     if step.kind == "distill":
         teacher = run.checkpoint(run.reference())
         return distill(source, target, data, options, progress, teacher=teacher, mix=mix)
+    data = _batches(_all_taught(run), source, step.options["batch_rows"])  # by itself, which knows them all
     return quantize_aware(source, target, data, options, progress, teacher=source, mix=mix)
+
+
+def _all_taught(run: _Run) -> _Run:
+    return replace(run, questions=[replace(each, data=replace(each.data, taught=True)) for each in run.questions])
 
 
 def _batches(run: _Run, source: str, batch_rows: int = 16, *, is_labelled: bool = False) -> Batches:

@@ -221,7 +221,8 @@ class Batches:
             task, rows = in_other_words(question.data, task, rows, draw)
         # Without a limit: all rows fit it with the task as it is, and other words may be a little longer.
         prompts = Prompts([task], self._tokenizer, sys.maxsize)
-        return _batch(prompts, task, rows, question.data.label_sample if task.kind == "choose_many" else 0, draw)
+        most = question.data.label_sample if task.kind == "choose_many" else 0
+        return replace(_batch(prompts, task, rows, most, draw), is_taught=question.data.taught)
 
     def _order(self, question: Question, time: int) -> list[int]:
         """Return the order in which the rows are had for the `time`-th time; the last one is kept."""
@@ -237,14 +238,15 @@ class Batches:
     def _fitting(self, question: Question) -> Question | None:
         """Return the question with the rows that can be learned from; None if there are none."""
         prompts = self._prompts(question.task)
-        rows, watched = (self._usable(side, prompts) for side in (question.rows, question.watched))
+        is_labelled = self._is_labelled or not question.data.taught
+        rows, watched = (self._usable(side, prompts, is_labelled) for side in (question.rows, question.watched))
         if not rows:
             return None
         return replace(question, rows=rows, watched=watched, held_back=())
 
-    def _usable(self, rows: Sequence[Row], prompts: Prompts) -> tuple[Row, ...]:
-        """Return the rows whose prompts fit, and that have a label where they must."""
-        rows = [row for row in rows if row.truth is not None or not self._is_labelled]
+    def _usable(self, rows: Sequence[Row], prompts: Prompts, is_labelled: bool) -> tuple[Row, ...]:
+        """Return the rows whose prompts fit, and that have a label if they must."""
+        rows = [row for row in rows if row.truth is not None or not is_labelled]
         asked = prompts.requests_of([row.text for row in rows])
         return tuple(row for row, requests in zip(rows, asked, strict=True) if not isinstance(requests, RowError))
 

@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, Value]] = {
 
 _CHOICES = {"layers_by": ("importance", "depth"), "device": ("cpu", "cuda")}
 
-_LEARNING = ("truth", "label_sample", "renamed", "names", "also")
+_LEARNING = ("truth", "label_sample", "renamed", "names", "also", "taught")
 """Keys of a task that a job's task does not have."""
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -83,6 +83,8 @@ class DataTask:
     """What the task may be called in those."""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Label to what else it may be called in those; the n-th words of all labels go together."""
+    taught: bool = True
+    """Whether `distill` asks the teacher about it; else labels alone are learned: where it knows them badly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,6 +255,7 @@ def _task(section: Section, urls: Sequence[str]) -> DataTask:
         renamed=section.share("renamed", 0.0),
         names=section.texts("names"),
         also=_also(section, task),
+        taught=section.flag("taught", default=True),
     )
 
 

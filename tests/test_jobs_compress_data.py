@@ -99,6 +99,18 @@ def listed(batch: Batch) -> list[str]:
     return [line.removeprefix("- ") for line in lines if line.startswith("- ")]
 
 
+def test_what_is_not_taught_has_labels(tmp_path: Path) -> None:
+    rows = table()
+    unlabelled = rows.slice(0, 6).set_column(rows.schema.get_field_index("label"), "label", pa.nulls(6, pa.string()))
+    both = pa.concat_tables([unlabelled, rows.slice(6)])
+    for is_taught in (True, False):
+        asked = question(tmp_path, rows=both)
+        asked = replace(asked, data=replace(asked.data, taught=is_taught))
+        found = list(batches(asked).epoch(0))
+        assert {batch.is_taught for batch in found} == {is_taught}
+        assert any(example.truths is None for batch in found for example in batch.examples) == is_taught
+
+
 def test_prompts_are_those_of_a_run_and_truths_are_theirs(tmp_path: Path) -> None:
     asked = question(tmp_path)
     truth_of = {row.text: row.truth for row in asked.rows}

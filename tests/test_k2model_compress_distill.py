@@ -84,6 +84,16 @@ def test_labels_have_their_share(teacher: Path, pupil: Path) -> None:
 
 
 @torch.no_grad()
+def test_what_is_not_taught_is_learned_from_labels_and_the_teacher_is_not_asked(
+    teacher: Path, pupil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Student.open(str(teacher)), Student.open(str(pupil))
+    loss, asked = DistillationLoss(one, other, Mix()), replace(batch(7), is_taught=False)
+    monkeypatch.setattr(one, "fork_logits", None)
+    assert loss(other, asked) == LabelLoss()(other, asked)
+
+
+@torch.no_grad()
 def test_a_temperature_softens_answers_and_keeps_the_size_of_gradients(teacher: Path, pupil: Path) -> None:
     one, other, asked = Student.open(str(teacher)), Student.open(str(pupil)), batch(7)
     found = [float(DistillationLoss(one, other, replace(ANSWERS, temperature=t))(other, asked)) for t in (1, 50, 100)]

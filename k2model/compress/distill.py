@@ -15,7 +15,7 @@ from k2model.compress.examples import Batch, Forks, TrainingData, likeliest, pat
 from k2model.compress.recipe import open_tokenizer
 from k2model.compress.student import ForkLogits, Student
 from k2model.compress.student_layers import bfloat16_product
-from k2model.compress.train import Progress, TrainingOptions, has_bfloat16_product, made_of, train
+from k2model.compress.train import LabelLoss, Progress, TrainingOptions, has_bfloat16_product, made_of, train
 from k2model.compress.train_state import StateFolder
 from k2model.formats.checkpoint import fingerprint
 from schemas.errors import SpecError
@@ -69,6 +69,8 @@ class DistillationLoss:
 
     def __call__(self, student: Student, batch: Batch) -> Tensor:
         """Return the mean over the examples of `batch`."""
+        if not batch.is_taught:
+            return LabelLoss()(student, batch)
         mix, count = self._mix, len(batch.examples)
         own_layers, their_layers = zip(*self._layers, strict=True) if mix.hidden_weight else ((), ())
         with torch.no_grad():

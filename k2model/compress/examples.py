@@ -36,6 +36,8 @@ class Batch:
     """Examples that share their instructions, which are computed once, and their candidates."""
 
     examples: tuple[Example, ...]
+    is_taught: bool = True
+    """Whether a distillation asks its teacher; else the right answers alone are learned."""
 
     def __post_init__(self) -> None:
         first = self.examples[0]
