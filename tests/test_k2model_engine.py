@@ -2,10 +2,13 @@
 
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +51,35 @@ def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
     rng = random.Random(seed)
     shared = tuple(rng.randrange(256) for _ in range(9))
     return [shared + tuple(rng.randrange(256) for _ in range(rng.randint(1, 60))) for _ in range(count)]
+
+
+_OPENED = """
+import os, sys
+import torch
+from k2model.engine import engine
+load = engine.load
+def busy(*args):
+    torch.ones(2048, 2048).exp()  # by all threads
+    return load(*args)
+engine.load = busy
+before = len(os.listdir("/proc/self/task"))
+opened = engine.Engine.open(sys.argv[1])
+print(len(os.listdir("/proc/self/task")) - before)
+opened.close()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.get_num_threads() < 2, reason="counts OpenMP threads")
+def test_no_thread_but_the_loop_is_left_of_opening(checkpoint: str) -> None:
+    """A second team of OpenMP threads in a process costs the loop's a sixth of its rate (k2model/engine/engine.py)."""
+    done = subprocess.run(
+        [sys.executable, "-c", _OPENED, checkpoint],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.strip() == "1"
 
 
 def scoring(prompt: tuple[int, ...]) -> Request:
