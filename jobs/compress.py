@@ -28,6 +28,7 @@ from k2model.compress.recipe import convert_into, open_tokenizer
 from k2model.compress.train import TrainingOptions, tune
 from k2model.compress.vocabulary import Trim, trim_vocabulary
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
+from kernels.threads import in_thread_that_ends
 from schemas.errors import SpecError
 from schemas.runs import digest
 
@@ -196,7 +197,8 @@ def _done(run: _Run, number: int, made_of: str, check: Callable[[], None]) -> di
         # what it goes on from is there. A conversion, whose config.json is its first, finds by itself what is left.
         is_begun = (target / "checkpoint").exists() or (target / "k2batch.json").exists()
         is_whole = (target / "config.json").exists() and not is_begun
-        kept["facts"] = {} if is_whole else _do(run, number, _Progress(f"  {target.name}", run.say, check))
+        progress = _Progress(f"  {target.name}", run.say, check)
+        kept["facts"] = {} if is_whole else in_thread_that_ends(_do, run, number, progress)
         _write(note, kept)
     if "measures" not in kept:
         kept["measures"] = run.measured(number)

@@ -71,7 +71,7 @@ opened.close()
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.get_num_threads() < 2, reason="counts OpenMP threads")
 def test_no_thread_but_the_loop_is_left_of_opening(checkpoint: str) -> None:
-    """A second team of OpenMP threads in a process costs the loop's a sixth of its rate (k2model/engine/engine.py)."""
+    """A second team of OpenMP threads in a process costs the loop's a sixth of its rate (kernels/threads.py)."""
     done = subprocess.run(
         [sys.executable, "-c", _OPENED, checkpoint],
         capture_output=True,
