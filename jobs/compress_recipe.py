@@ -1,8 +1,10 @@
 """The recipe of a smaller model: strict TOML in, a frozen `Recipe` out, read as job files are.
 
-Relative paths are relative to the current folder, those of data to the folder that `--data` names.
+Relative paths are relative to the current folder, those of data to the folder that `--data` names, those of words to
+the recipe's own.
 """
 
+import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
@@ -260,14 +262,20 @@ def _task(section: Section, urls: Sequence[str]) -> DataTask:
 
 
 def _also(section: Section, task: Task) -> dict[str, tuple[str, ...]]:
-    table = section.table.get("also", {})
+    """Return other words for labels: a table, or the name of a TOML file of such, beside the recipe."""
+    table, place = section.table.get("also", {}), section.where("also")
+    if isinstance(table, str):
+        place = os.path.join(os.path.dirname(section.file.split(": ")[0]), table)
+        if not os.path.isfile(place):
+            raise section.wrong("also", f"the name of a file beside the recipe: {place} is none")
+        table = read_toml(place)
     if not isinstance(table, dict):
-        raise section.wrong("also", 'a table of label = ["other words", ...]')
+        raise section.wrong("also", 'a table of label = ["other words", ...], or the name of a file of such')
     inner = replace(section, name=f"{section.name}.also", table=table, number=0)
     for label in table:
         if label not in task.labels:
             remedy = f"known: {', '.join(task.labels)}"[:500]
-            raise SpecError(f'{section.where("also")}: "{label}" is no label of task "{task.name}"', remedy=remedy)
+            raise SpecError(f'{place}: "{label}" is no label of task "{task.name}"', remedy=remedy)
     return {label: inner.texts(label) for label in table}
 
 

@@ -47,6 +47,12 @@ def test_other_words_for_labels_are_read(tmp_path: Path) -> None:
     words = 'labels = ["a", "b"]\nrenamed = 0.5\nnames = ["queue"]\nalso = { a = ["x", "y"], b = "z" }'
     (task,) = load(tmp_path, ('labels = ["a", "b"]', words)).data[0].tasks
     assert (task.renamed, task.names, task.also) == (0.5, ("queue",), {"a": ("x", "y"), "b": ("z",)})
+    (tmp_path / "words.toml").write_text('a = ["x", "y"]\nb = "z"\n')
+    words = words.replace('{ a = ["x", "y"], b = "z" }', '"words.toml"')
+    assert load(tmp_path, ('labels = ["a", "b"]', words)).data[0].tasks[0] == task
+    (tmp_path / "words.toml").write_text('c = ["x"]\n')
+    with pytest.raises(SpecError, match=r'words.toml: .*"c" is no label of task'):
+        load(tmp_path, ('labels = ["a", "b"]', words))
 
 
 def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
@@ -95,6 +101,12 @@ def test_labels_can_come_from_the_truth(tmp_path: Path) -> None:
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nlabel_sample = 1', "label_sample is 1, expected", ""),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nrenamed = 2', "renamed is 2, expected", ""),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = ["x"]', "also is ['x'], expected a table", ""),
+        (
+            'labels = ["a", "b"]',
+            'labels = ["a", "b"]\nalso = "words.toml"',
+            "expected the name of a file beside the recipe",
+            "",
+        ),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = { c = ["x"] }', '"c" is no label', "known: a, b"),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = { a = [""] }', "a list of strings that are not blank", ""),
         ('kind = "tune"', 'kind = "tuen"', 'kind is "tuen"', '"tune"'),
