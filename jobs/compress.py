@@ -220,14 +220,14 @@ def _do(run: _Run, number: int, progress: Callable[[dict[str, Any]], None]) -> d
         convert_into(source, target, say=lambda line: run.say(f"  {line}"))
         return {}
     options = step.only(TrainingOptions)
-    data = _batches(run, source, step.options["batch_rows"], is_labelled=step.kind == "tune")
+    asked = _all_taught(run) if step.kind == "quantize" else run  # by itself, which knows all of them
+    data = _batches(asked, source, step.options["batch_rows"], is_labelled=step.kind == "tune")
     if step.kind == "tune":
         return tune(source, target, data, options, progress)
     mix = step.only(Mix)
     if step.kind == "distill":
         teacher = run.checkpoint(run.reference())
         return distill(source, target, data, options, progress, teacher=teacher, mix=mix)
-    data = _batches(_all_taught(run), source, step.options["batch_rows"])  # by itself, which knows them all
     return quantize_aware(source, target, data, options, progress, teacher=source, mix=mix)
 
 

@@ -86,15 +86,21 @@ def _softmax_bfloat16(scores: Any, bias: Any, rows: Any, sinks: Any, scale: Any)
                 narrow(wide, scores[b, h, r])
 
 
+@inline
+def rotate_row(row: Any, cos: Any, sin: Any, heads: Any) -> None:
+    """Rotate the first `heads` heads of float32 `row` in place; cos, sin [D / 2]."""
+    half = cos.size
+    for h in range(heads):
+        low, high = h * 2 * half, (h * 2 + 1) * half
+        for i in range(half):
+            first, second = row[low + i], row[high + i]
+            row[low + i] = first * cos[i] - second * sin[i]
+            row[high + i] = second * cos[i] + first * sin[i]
+
+
 def _rotate(x: Any, cos: Any, sin: Any, heads: Any) -> None:
-    half = cos.shape[1]
     for t in numba.prange(x.shape[0]):
-        for h in range(heads):
-            low, high = h * 2 * half, (h * 2 + 1) * half
-            for i in range(half):
-                first, second = x[t, low + i], x[t, high + i]
-                x[t, low + i] = first * cos[t, i] - second * sin[t, i]
-                x[t, high + i] = second * cos[t, i] + first * sin[t, i]
+        rotate_row(x[t], cos[t], sin[t], heads)
 
 
 def _spread_float32(x: Any, first: Any, block: Any, slot: Any, out: Any) -> None:

@@ -67,7 +67,7 @@ def exp_parts(x: Any) -> Any:
 
 
 @inline
-def _gate_row(row: Any, gain: Any, limit: Any, out: Any, powers: Any) -> None:
+def gate_row(row: Any, gain: Any, limit: Any, out: Any, powers: Any) -> None:
     """Write gate * sigmoid(gain * gate) * up of `row` [2 F] into `out` [F]; clamped in place where `limit` is above 0.
 
     `powers` [F] int32 is room to compute in.
@@ -138,7 +138,7 @@ def _swiglu(gate_up: Any, gain: Any, limit: Any, out: Any) -> None:
         for t in range(block * _ROWS, min((block + 1) * _ROWS, gate_up.shape[0])):
             for i in range(gate_up.shape[1]):
                 row[i] = gate_up[t, i]
-            _gate_row(row, gain, limit, out[t], powers)
+            gate_row(row, gain, limit, out[t], powers)
 
 
 def _swiglu_quantize(gate_up: Any, gain: Any, limit: Any, out: Any, scales: Any) -> None:
@@ -149,7 +149,7 @@ def _swiglu_quantize(gate_up: Any, gain: Any, limit: Any, out: Any, scales: Any)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, gate_up.shape[0])):
             for i in range(gate_up.shape[1]):
                 row[i] = gate_up[t, i]
-            _gate_row(row, gain, limit, gated, powers)
+            gate_row(row, gain, limit, gated, powers)
             _quantize(gated, out[t], scales[t : t + 1])
 
 
@@ -166,7 +166,7 @@ def _scaled_swiglu_quantize(
                 row[i] = (np.float32(products[t, i]) * scale) * weight_scale[i]
             for i in range(bias.size):
                 row[i] += bias[i]
-            _gate_row(row, gain, limit, gated, powers)
+            gate_row(row, gain, limit, gated, powers)
             _quantize(gated, out[t], scales[t : t + 1])
 
 

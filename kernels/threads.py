@@ -12,7 +12,7 @@ def in_thread_that_ends(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     """Return function(*args, **kwargs), called by a thread that ends then, and its team of OpenMP threads with it.
 
     Every thread that computes has such a team. Two are more threads than there are cores, and then libgomp lets those
-    that wait sleep at once: to begin an operation that is shared out takes 50 us in place of 5 (BENCHMARKS.md).
+    that wait sleep at once: to begin an operation that is shared out takes 50 us in place of 10 (BENCHMARKS.md).
     """
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(function, *args, **kwargs).result()

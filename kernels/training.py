@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.attention_rows import rotate_row
 from kernels.compiled import both, inline, memory, narrow, run, widen
-from kernels.rowwise import FARTHEST, exp_parts, sum_by_halves
+from kernels.rowwise import FARTHEST, exp_parts, gate_row, sum_by_halves
 
 _ROWS = 16
 """Rows that share what they are computed in."""
@@ -45,16 +46,12 @@ def _rms_norm_gradient(x: Any, weight: Any, eps: Any, grad: Any, of_x: Any, of_w
 def _swiglu(gate_up: Any, out: Any) -> None:
     half = out.shape[1]
     for block in numba.prange((out.shape[0] + _ROWS - 1) // _ROWS):
-        row, parts = np.empty(2 * half, np.float32), np.empty(half, np.float32)
+        row, gated = np.empty(2 * half, np.float32), np.empty(half, np.float32)
         powers = np.empty(half, np.int32)
-        scale = powers.view(np.float32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, out.shape[0])):
             widen(gate_up[t], row)
-            for i in range(half):
-                parts[i], powers[i] = exp_parts(min(max(-row[i], -FARTHEST), FARTHEST))
-            for i in range(half):
-                parts[i] = (row[i] / (_ONE + parts[i] * scale[i])) * row[half + i]
-            narrow(parts, out[t])
+            gate_row(row, _ONE, _ZERO, gated, powers)
+            narrow(gated, out[t])
 
 
 @inline
@@ -93,18 +90,11 @@ def _swiglu_gradient_bfloat16(gate_up: Any, grad: Any, out: Any) -> None:
 
 
 def _rotated(x: Any, cos: Any, sin: Any, heads: Any, out: Any) -> None:
-    half = cos.shape[1]
     for t in numba.prange(x.shape[0]):
-        row, turned = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+        row = np.empty(x.shape[1], np.float32)
         widen(x[t], row)
-        for h in range(heads):
-            low, high = h * 2 * half, (h * 2 + 1) * half
-            for i in range(half):
-                turned[low + i] = row[low + i] * cos[t, i] - row[high + i] * sin[t, i]
-                turned[high + i] = row[high + i] * cos[t, i] + row[low + i] * sin[t, i]
-        for i in range(heads * 2 * half, x.shape[1]):
-            turned[i] = row[i]
-        narrow(turned, out[t])
+        rotate_row(row, cos[t], sin[t], heads)
+        narrow(row, out[t])
 
 
 _RMS_NORM_GRADIENT, _SWIGLU, _ROTATED = both(_rms_norm_gradient), both(_swiglu), both(_rotated)
@@ -127,7 +117,7 @@ def rms_norm_gradient(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tu
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of gate_up [T, 2 F], as [T, F], both bfloat16; float32 is rowwise's."""
     gate_up = gate_up.contiguous()
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    out = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=torch.bfloat16)
     run(_SWIGLU, gate_up.numel(), memory(gate_up), memory(out))
     return out
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from k2model.compress.quantize import quantize_weight
 from k2model.compress.student_attention import Packed
 from k2model.config import AttentionConfig, ModelConfig, MoeConfig
+from k2model.decoder import feed_forward
 from kernels import cpu, ops, rowwise, training
 
 Product = Callable[[Tensor, Sequence[nn.Linear]], Tensor]
@@ -289,16 +290,8 @@ class MixtureOfExperts(nn.Module):
     def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts of each token [T, A] int64, ascending, and what they weigh [T, A]."""
         moe = self._config
-        expert_ids, weights, _ = ops.route(
-            logits.detach(),
-            self.gate.e_score_correction_bias,
-            moe.num_experts_per_tok,
-            scoring=moe.scoring_func,
-            n_group=moe.n_group,
-            topk_group=moe.topk_group,
-            norm_topk_prob=moe.norm_topk_prob,
-            routed_scaling_factor=moe.routed_scaling_factor,
-        )
+        router = feed_forward.Router(moe, self.gate.weight, None, self.gate.e_score_correction_bias)
+        expert_ids, weights = router.choose(logits.detach())
         chosen, scores = expert_ids.long(), torch.sigmoid(logits)
         share = torch.bincount(chosen.flatten(), minlength=moe.n_routed_experts) / chosen.numel()
         likely = (scores / scores.sum(dim=1, keepdim=True)).mean(dim=0)
@@ -332,7 +325,7 @@ class Layer(nn.Module):
         packed: Packed,
         window: int | None,
         product: Product,
-        read: Tensor | None = None,
+        read: Tensor | None,
     ) -> Tensor:
         """Return the layer's output [T, D] for `x` [T, D]; of the places `read` [N] alone, if those are given."""
         attended = self.self_attn(self.input_layernorm(x), rope, packed, window, product, read).to(x.dtype)
