@@ -217,7 +217,7 @@ def _do(run: _Run, number: int, progress: Callable[[dict[str, Any]], None]) -> d
     if step.kind == "vocabulary":
         return trim_vocabulary(source, target, _batches(run, source), step.only(Trim), progress)
     if not step.options["steps"]:  # nothing is trained
-        convert_into(source, target, say=lambda line: run.say(f"  {line}"))
+        convert_into(source, target, embedding=step.options["embedding"], say=lambda line: run.say(f"  {line}"))
         return {}
     options = step.only(TrainingOptions)
     asked = _all_taught(run) if step.kind == "quantize" else run  # by itself, which knows all of them
@@ -228,7 +228,8 @@ def _do(run: _Run, number: int, progress: Callable[[dict[str, Any]], None]) -> d
     if step.kind == "distill":
         teacher = run.checkpoint(run.reference())
         return distill(source, target, data, options, progress, teacher=teacher, mix=mix)
-    return quantize_aware(source, target, data, options, progress, teacher=source, mix=mix)
+    embedding = step.options["embedding"]
+    return quantize_aware(source, target, data, options, progress, teacher=source, mix=mix, embedding=embedding)
 
 
 def _all_taught(run: _Run) -> _Run:

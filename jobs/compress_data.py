@@ -181,6 +181,7 @@ class Batches:
                 remedy="raise [compress] max_prompt_tokens, or give more [[data]]",
             )
         self._orders: dict[str, tuple[int, list[int]]] = {}
+        self._rows_of: dict[str, dict[int, list[Row]]] = {}
 
     @cached_property
     def digest(self) -> str:
@@ -210,10 +211,14 @@ class Batches:
         """Return batch `place` of a question. Its rows come in an order that is drawn anew when all were had."""
         draw = random.Random(f"{self._seed} {question.name} {place}")
         total, size = len(question.rows), min(self._batch_rows, len(question.rows))
-        rows = [
-            question.rows[self._order(question, at // total)[at % total]]
-            for at in range(place * size, (place + 1) * size)
-        ]
+        if draw.random() < question.data.few_labels:
+            rows = self._of_few_labels(question, size, draw)
+        else:
+            rows = [
+                question.rows[self._order(question, at // total)[at % total]]
+                for at in range(place * size, (place + 1) * size)
+            ]
+        rows = [_without_some_words(row, question.data.word_dropout, draw) for row in rows]
         task = question.task
         if task.kind == "choose":
             task, rows = _sampled(question, rows, draw)
@@ -223,6 +228,20 @@ class Batches:
         prompts = Prompts([task], self._tokenizer, sys.maxsize)
         most = question.data.label_sample if task.kind == "choose_many" else 0
         return replace(_batch(prompts, task, rows, most, draw), is_taught=question.data.taught)
+
+    def _of_few_labels(self, question: Question, size: int, draw: random.Random) -> list[Row]:
+        """Return up to `size` rows of 2 to `label_sample` labels, whichever are drawn of those that have rows."""
+        if question.name not in self._rows_of:
+            rows_of: dict[int, list[Row]] = {}
+            for row in question.rows:
+                for label in row.truth or ():
+                    rows_of.setdefault(label, []).append(row)
+            self._rows_of[question.name] = rows_of
+        rows_of = self._rows_of[question.name]
+        most = min(question.data.label_sample, len(rows_of))
+        chosen = draw.sample(sorted(rows_of), draw.randint(min(2, most), most))
+        rows = [row for label in chosen for row in rows_of[label]]
+        return draw.sample(rows, min(size, len(rows)))
 
     def _order(self, question: Question, time: int) -> list[int]:
         """Return the order in which the rows are had for the `time`-th time; the last one is kept."""
@@ -299,6 +318,14 @@ _SPELLINGS: tuple[Callable[[str], str], ...] = (
     lambda label: " ".join(word.capitalize() for word in _words(label)),
     lambda label: "".join(word.capitalize() for word in _words(label)),
 )
+
+
+def _without_some_words(row: Row, share: float, draw: random.Random) -> Row:
+    """Return `row` without about `share` of the words of its text, but not without all."""
+    if not share:
+        return row
+    text = "".join(word for word in re.findall(r"\S+\s*", row.text) if draw.random() >= share)
+    return replace(row, text=text) if text else row
 
 
 def _sampled(question: Question, rows: Sequence[Row], draw: random.Random) -> tuple[Task, list[Row]]:

@@ -45,13 +45,13 @@ OPTIONS: dict[str, dict[str, Value]] = {
     "tune": _TRAINING,
     **{kind: _defaults(options) for kind, options in _UNTRAINED.items()},
     "distill": {**_TRAINING, **_defaults(Mix)},
-    "quantize": {**_TRAINING, **_defaults(Mix, hidden_weight=0.0)},
+    "quantize": {**_TRAINING, **_defaults(Mix, hidden_weight=0.0), "embedding": "bf16"},
 }
 """Kind of a step to what it may be told, with the default. A step that trains takes `batch_rows` rows at a time."""
 
-_CHOICES = {"layers_by": ("importance", "depth"), "device": ("cpu", "cuda")}
+_CHOICES = {"layers_by": ("importance", "depth"), "device": ("cpu", "cuda"), "embedding": ("bf16", "int8")}
 
-_LEARNING = ("truth", "label_sample", "renamed", "names", "also", "taught")
+_LEARNING = ("truth", "label_sample", "few_labels", "word_dropout", "renamed", "names", "also", "taught")
 """Keys of a task that a job's task does not have."""
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -79,6 +79,10 @@ class DataTask:
     `choose_many`: labels that are asked about a ticket at most, all right ones first, drawn anew each time; 0 for all.
     Right ones are so met more often than in life, and scores come out higher than shares: as if by a lower threshold.
     """
+    few_labels: float = 0.0
+    """`choose`: share of the batches that are of 2 to `label_sample` labels alone, as another's task may have few."""
+    word_dropout: float = 0.0
+    """Share of a ticket's words that are left out, drawn anew each time: what is learned hangs on no single one."""
     renamed: float = 0.0
     """Share of the batches that ask in other words, so that a student knows a label in other spellings, too."""
     names: tuple[str, ...] = ()
@@ -248,12 +252,17 @@ def _task(section: Section, urls: Sequence[str]) -> DataTask:
     label_sample = section.integer("label_sample", 0, least=0)
     if label_sample == 1:
         raise section.wrong("label_sample", "at least 2, or 0 for all")
+    few_labels = section.share("few_labels", 0.0)
+    if few_labels and not (label_sample and table.get("kind") == "choose"):
+        raise section.wrong("few_labels", 'none without label_sample and kind = "choose"')
     own = {key: value for key, value in table.items() if key not in ("labels_from", *_LEARNING)}
     task = read_task(replace(section, table=own))
     return DataTask(
         task=task,
         truth=truth,
         label_sample=label_sample,
+        few_labels=few_labels,
+        word_dropout=section.share("word_dropout", 0.0),
         renamed=section.share("renamed", 0.0),
         names=section.texts("names"),
         also=_also(section, task),

@@ -169,6 +169,36 @@ def test_a_sample_of_labels_holds_the_truths_in_an_order_of_its_own(tmp_path: Pa
     assert all(tuple(listed(batch)) == LABELS for batch in batches(asked).validation())
 
 
+def test_batches_of_few_labels_have_rows_of_those_alone(tmp_path: Path) -> None:
+    asked = question(tmp_path, label_sample=3, words={"few_labels": 1.0})
+    truth_of = {row.text: LABELS[row.truth[0]] for row in asked.rows if row.truth}
+    found = [batch for number in range(4) for batch in batches(asked, batch_rows=8).epoch(number)]
+    assert {len(listed(batch)) for batch in found} == {2, 3}
+    for batch in found:
+        assert len(batch.examples) == len({body(example) for example in batch.examples}) == 8
+        assert all(truth_of[body(example)] == answer(example) for example in batch.examples)
+    assert {answer(example) for batch in found for example in batch.examples} == set(LABELS)
+    half = replace(asked, data=replace(asked.data, few_labels=0.5))
+    counts = [len(listed(batch)) for number in range(4) for batch in batches(half, batch_rows=8).epoch(number)]
+    assert min(counts) < 4 <= max(counts)  # 8 rows as they come are of 4 labels and more
+
+
+def test_a_share_of_the_words_is_left_out_of_what_is_learned_and_of_nothing_else(tmp_path: Path) -> None:
+    text = [f"ticket {i}   about\tthe {LABELS[i % 6]}, please" for i in range(60)]
+    rows = table().set_column(1, "text", pa.array(text))
+    asked = question(tmp_path, rows=rows, words={"word_dropout": 0.3})
+    found = [body(example) for batch in batches(asked, batch_rows=60).epoch(0) for example in batch.examples]
+    counts = [len(each.split()) for each in found]
+    assert len(found) == len(asked.rows)
+    assert min(counts) >= 1
+    assert max(counts) <= 6
+    assert 0.6 * 6 < sum(counts) / len(counts) < 0.8 * 6
+    assert [*batches(asked).epoch(0)] == [*batches(asked).epoch(0)] != [*batches(asked).epoch(1)]
+    assert {row.text for row in (*asked.rows, *asked.watched, *asked.held_back)} == set(text)
+    every = replace(asked, data=replace(asked.data, word_dropout=1.0))
+    assert {body(example) for batch in batches(every).epoch(0) for example in batch.examples} <= set(text)
+
+
 ALSO = {"card": ("plastic",), "cash": ("notes", "money"), "transfer": ("sending", "money")}
 """Cash and transfers are one in the last words."""
 

@@ -99,6 +99,13 @@ def test_labels_can_come_from_the_truth(tmp_path: Path) -> None:
         ('kind = "choose"', 'kind = "generate"', "expected one of: choose, choose_many", ""),
         ('labels = ["a", "b"]', 'labels = ["a"]', "expected at least 2 labels", ""),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nlabel_sample = 1', "label_sample is 1, expected", ""),
+        (
+            'labels = ["a", "b"]',
+            'labels = ["a", "b"]\nfew_labels = 0.5',
+            "few_labels is 0.5, expected none without",
+            "",
+        ),
+        ('labels = ["a", "b"]', 'labels = ["a", "b"]\nword_dropout = 2', "word_dropout is 2, expected", ""),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nrenamed = 2', "renamed is 2, expected", ""),
         ('labels = ["a", "b"]', 'labels = ["a", "b"]\nalso = ["x"]', "also is ['x'], expected a table", ""),
         (

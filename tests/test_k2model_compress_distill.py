@@ -84,6 +84,16 @@ def test_labels_have_their_share(teacher: Path, pupil: Path) -> None:
 
 
 @torch.no_grad()
+def test_labels_are_smoothed_with_a_teacher_as_without(teacher: Path, pupil: Path) -> None:
+    one, other = Student.open(str(teacher)), Student.open(str(pupil))
+    asked, mix = batch(7), replace(ANSWERS, label_share=1.0)
+    plain = [float(loss(other, asked)) for loss in (DistillationLoss(one, other, mix), LabelLoss())]
+    smooth = [float(loss(other, asked)) for loss in (DistillationLoss(one, other, mix, 0.2), LabelLoss(0.2))]
+    assert smooth[0] == pytest.approx(smooth[1], rel=1e-5)
+    assert smooth[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+@torch.no_grad()
 def test_what_is_not_taught_is_learned_from_labels_and_the_teacher_is_not_asked(
     teacher: Path, pupil: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from k2model.compress.examples import Batch
 from k2model.compress.student import Student
 from k2model.compress.student_layers import bfloat16_product, int8_product
-from k2model.compress.train import LabelLoss, TrainingOptions, evaluate, has_bfloat16_product, tune
+from k2model.compress.train import LabelLoss, TrainingOptions, evaluate, has_bfloat16_product, smoothed, tune
 from k2model.compress.train_state import read_curve
 from schemas.errors import EnvironmentMismatch, K2Error, SpecError
 from tests.checkpoints import write_checkpoint
@@ -80,6 +80,28 @@ def test_tuning_learns_what_the_labels_say(source: str, tmp_path: Path) -> None:
         student.product = bfloat16_product
     found = evaluate(student, Rows().validation(), LabelLoss())
     assert found == {key: facts[key] for key in found}, "what is written is what was measured"
+
+
+def test_smoothing_is_a_share_of_all_that_may_follow() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5], [3.0, -1.0, float("-inf")]], requires_grad=True)
+    logprobs, truths = torch.log_softmax(logits, dim=1), torch.tensor([0, 1])
+    assert torch.equal(smoothed(logprobs, truths, 0.0), logprobs[[0, 1], truths])
+    wanted = torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3], [0.05, 0.95, 0.0]])
+    expected = (wanted * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(dim=1)
+    torch.testing.assert_close(smoothed(logprobs, truths, 0.1), expected)
+    smoothed(logprobs, truths, 0.1).sum().backward()
+    torch.testing.assert_close(logits.grad, wanted - torch.softmax(logits, dim=1))  # there it would be 0
+
+
+def test_what_is_smoothed_is_learned_less_by_heart(source: str, tmp_path: Path) -> None:
+    losses = []
+    for smoothing in (0.0, 0.3):
+        options = TrainingOptions(steps=25, learning_rate=3e-3, label_smoothing=smoothing)
+        target = tmp_path / str(smoothing)
+        losses.append(tune(source, target, Rows(rows=8, per_epoch=100), options, said)["validation_loss"])
+    assert losses[0] < 0.9 * losses[1]
+    with pytest.raises(SpecError, match=r"label_smoothing is 1\.0"):
+        TrainingOptions(steps=1, label_smoothing=1.0)
 
 
 def test_the_folder_holds_a_checkpoint_and_its_curve_alone(tuned: Path) -> None:

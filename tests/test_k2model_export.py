@@ -15,7 +15,7 @@ from k2model.compress.convert import Int4, convert
 from k2model.compress.quantize import quantize_weight
 from k2model.decoder.linear import FloatLinear
 from k2model.formats.checkpoint import open_checkpoint
-from k2model.formats.weights import Weights
+from k2model.formats.weights import TensorInfo, Weights
 from k2model.parameters import parameters
 from k2model.tokenizer import Tokenizer
 from tests.checkpoints import FAMILIES, config_json, pack_experts, write_checkpoint
@@ -95,6 +95,32 @@ def test_every_family_converts_and_opens_again(family: str, tmp_path: Path) -> N
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored(folder).values())
     if family == "mixtral":
         assert "model.layers.0.block_sparse_moe.experts.3.w2.weight_scale" in index["weight_map"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_in_int8_is_half_a_step_off_at_most_and_converts_back(tied: bool, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", tie_word_embeddings=tied)
+    folders = {}
+    for embedding in ("bf16", "int8"):
+        folders[embedding] = folder = tmp_path / embedding
+        folder.mkdir()
+        convert(open_checkpoint(str(source)), folder, None, embedding=embedding)
+    name = "model.embed_tokens.weight"
+    rows = open_checkpoint(str(source)).weights().read(name).float()
+    opened = open_checkpoint(str(folders["int8"]))
+    weights = opened.weights()
+    weights.check(parameters(opened.config()), tied=tied)
+    assert weights.infos[name] == TensorInfo("I8", tuple(rows.shape))
+    table = weights.embedding(*rows.shape)
+    assert table.dtype == torch.bfloat16
+    half_a_step = rows.abs().amax(dim=1, keepdim=True) / 127 / 2
+    assert ((table.float() - rows).abs() <= half_a_step + rows.abs() * 2**-8).all()
+    before, after = (packed_logits(stored_decoder(folder), PROMPTS) for folder in folders.values())
+    assert 0 < (after - before).abs().mean() < 0.05 * before.std()
+    again = tmp_path / "again"
+    again.mkdir()
+    convert(opened, again, None)
+    assert torch.equal(open_checkpoint(str(again)).weights().read(name), table)
 
 
 def test_the_config_of_a_conversion_is_the_sources_and_contradicts_nothing(tmp_path: Path) -> None:

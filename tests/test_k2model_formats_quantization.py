@@ -60,13 +60,14 @@ def test_the_numbers_are_those_of_the_config() -> None:
 
 
 def test_what_we_write_is_read() -> None:
-    for int4_targets, all_int4, expected in (
-        ([], False, Scheme()),
-        (["re:.*experts.*"], False, Scheme(int4_group_size=16)),
-        (["Linear"], True, Scheme(int4_group_size=16)),
-    ):
-        section = quantization_config(int4_targets, 16, all_int4=all_int4)
-        assert read_scheme({"quantization_config": section}, "here") == expected
+    for int8_embedding in (False, True):
+        for int4_targets, all_int4, expected in (
+            ([], False, Scheme()),
+            (["re:.*experts.*"], False, Scheme(int4_group_size=16)),
+            (["Linear"], True, Scheme(int4_group_size=16)),
+        ):
+            section = quantization_config(int4_targets, 16, all_int4=all_int4, int8_embedding=int8_embedding)
+            assert read_scheme({"quantization_config": section}, "here") == expected
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def start_calibration(config: ModelConfig, weights: Weights, prompts: list[list[
             break
         kept.append(ids)
         tokens += len(ids)
-    embedding = weights.plain("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    embedding = weights.embedding(config.vocab_size, config.hidden_size)
     hidden = embedding[torch.tensor([i for ids in kept for i in ids])].float()
     return Calibration(config, weights, kept, hidden)
 

@@ -29,6 +29,10 @@ from k2model.tokenizer import Tokenizer
 Int4 = Literal["keep", "int8"]
 """What becomes of INT4 weights: kept as they are, which loses nothing and takes half the memory, or made INT8."""
 
+Embedding = Literal["bf16", "int8"]
+"""How the input embedding is stored. INT8 rows with a scale each are half as large, and expanded when it is opened:
+by k2batch, not by transformers 5.24, and by vLLM 0.32 in another layout and without a tied head alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
@@ -39,6 +43,7 @@ class Conversion:
     weights: Weights
     folder: Path
     int4: Int4
+    embedding: Embedding
     alpha: float
     """Of the balance; 0 leaves weights as they are, and needs no calibration."""
 
@@ -55,6 +60,7 @@ def convert(
     tokenizer: Tokenizer | None,
     *,
     int4: Int4 = "keep",
+    embedding: Embedding = "bf16",
     alpha: float = ALPHA,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -65,6 +71,7 @@ def convert(
         folder: exists; empty, or left by an interrupted conversion of the same source with the same settings.
         tokenizer: of the source; without one nothing is calibrated and outliers stay unbalanced.
         int4: what becomes of INT4 weights.
+        embedding: how the input embedding is stored.
         alpha: share of the difficulty of outliers moved to the weights.
         say: told of each layer done.
 
@@ -72,7 +79,7 @@ def convert(
     """
     config, weights = source.config(), source.weights()
     weights.check(parameters(config), tied=config.tie_word_embeddings)
-    conversion = Conversion(source, config, weights, folder, int4, alpha if tokenizer else 0.0)
+    conversion = Conversion(source, config, weights, folder, int4, embedding, alpha if tokenizer else 0.0)
     shards = {shard: _infos(conversion, members) for shard, members in _shards(config, weights)}
     calibration: Calibration | None = None
     for number, (shard, members) in enumerate(_shards(config, weights)):
@@ -108,7 +115,8 @@ def _infos(conversion: Conversion, members: list[Parameter]) -> dict[str, Tensor
     kept = conversion.kept([p.name for p in members if p.is_linear])
     for parameter in members:
         name, linear = parameter.name, parameter.name.removesuffix(".weight")
-        if not parameter.is_linear:
+        is_int8_embedding = parameter.role == "embedding" and conversion.embedding == "int8"
+        if not parameter.is_linear and not is_int8_embedding:
             dtype = "BF16" if parameter.role in ("embedding", "head") else "F32"
             infos[name] = TensorInfo(dtype, parameter.shape)
             continue
@@ -140,8 +148,12 @@ def _converted(
     """Yield the tensors that one parameter becomes."""
     weights, name, shape = conversion.weights, parameter.name, parameter.shape
     linear = name.removesuffix(".weight")
-    if parameter.role == "embedding":
-        yield name, weights.plain(name, shape).to(torch.bfloat16)
+    if parameter.role == "embedding" and conversion.embedding == "int8":
+        rows, scale = quantize_weight(weights.embedding(*shape))
+        yield name, rows
+        yield f"{linear}.weight_scale", scale
+    elif parameter.role == "embedding":
+        yield name, weights.embedding(*shape).to(torch.bfloat16)
     elif parameter.role == "head":
         yield name, weights.float_weight(linear, *shape).to(torch.bfloat16)
     elif parameter.role == "router":
@@ -215,7 +227,12 @@ def _config_json(conversion: Conversion) -> dict[str, object]:
     linears = [p for p in parameters(conversion.config) if p.is_linear]
     int4 = [p for p in linears if conversion.int4 == "keep" and _linear_storage(conversion, p) == "int4"]
     group_size = conversion.weights.scheme.int4_group_size
-    quantization = quantization_config(_targets(int4, linears), group_size, all_int4=len(int4) == len(linears))
+    quantization = quantization_config(
+        _targets(int4, linears),
+        group_size,
+        all_int4=len(int4) == len(linears),
+        int8_embedding=conversion.embedding == "int8",
+    )
     return {**config, "torch_dtype": "bfloat16", "quantization_config": quantization}
 
 

@@ -15,7 +15,7 @@ from k2model.compress.examples import Batch, Forks, TrainingData, likeliest, pat
 from k2model.compress.recipe import open_tokenizer
 from k2model.compress.student import ForkLogits, Student
 from k2model.compress.student_layers import bfloat16_product
-from k2model.compress.train import LabelLoss, Progress, TrainingOptions, has_bfloat16_product, made_of, train
+from k2model.compress.train import LabelLoss, Progress, TrainingOptions, has_bfloat16_product, made_of, smoothed, train
 from k2model.compress.train_state import StateFolder
 from k2model.formats.checkpoint import fingerprint
 from schemas.errors import SpecError
@@ -49,14 +49,17 @@ class Mix:
 class DistillationLoss:
     """The distance from the teacher's answers and hidden states, and from the right answers."""
 
-    def __init__(self, teacher: Student, student: Student, mix: Mix) -> None:
-        """Compare `student` with `teacher`. Raises: SpecError if their token ids are not the same."""
+    def __init__(self, teacher: Student, student: Student, mix: Mix, smoothing: float = 0.0) -> None:
+        """Compare `student` with `teacher`; labels are learned with `smoothing`, as of `surprise`.
+
+        Raises: SpecError if their token ids are not the same.
+        """
         if open_tokenizer(teacher.source).markup.get_vocab() != open_tokenizer(student.source).markup.get_vocab():
             raise SpecError(
                 f"the tokenizers of teacher {teacher.source.name} and student {student.source.name} differ",
                 remedy="make the student of the teacher, or trim the vocabulary of both",
             )
-        self.teacher, self._mix = teacher.requires_grad_(False), mix
+        self.teacher, self._mix, self._smoothing = teacher.requires_grad_(False), mix, smoothing
         self._layers = mapped_layers(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
         self._projections: list[nn.Linear] = []
         widths = student.config.hidden_size, teacher.config.hidden_size
@@ -70,7 +73,7 @@ class DistillationLoss:
     def __call__(self, student: Student, batch: Batch) -> Tensor:
         """Return the mean over the examples of `batch`."""
         if not batch.is_taught:
-            return LabelLoss()(student, batch)
+            return LabelLoss(self._smoothing)(student, batch)
         mix, count = self._mix, len(batch.examples)
         own_layers, their_layers = zip(*self._layers, strict=True) if mix.hidden_weight else ((), ())
         with torch.no_grad():
@@ -81,7 +84,7 @@ class DistillationLoss:
         of_labels = torch.zeros_like(distance)
         at = (found.truths >= 0).nonzero().flatten()
         logprobs = torch.log_softmax(found.logits, dim=-1).index_select(0, at)
-        of_labels = of_labels.index_copy(0, at, -logprobs.gather(1, found.truths[at, None]).squeeze(1))
+        of_labels = of_labels.index_copy(0, at, -smoothed(logprobs, found.truths[at], self._smoothing))
         is_labelled = torch.tensor([example.truths is not None for example in batch.examples], device=distance.device)
         share = mix.label_share * is_labelled.double().index_select(0, found.rows)
         total: Tensor = ((1 - share) * distance + share * of_labels).sum() / count
@@ -136,7 +139,7 @@ def distill(
     mix = mix or Mix()
     student = Student.open(source)
     made = made_of("distill", source, data, options, teacher=fingerprint(teacher, "fp32"), mix=asdict(mix))
-    loss = DistillationLoss(open_teacher(teacher, options), student, mix)
+    loss = DistillationLoss(open_teacher(teacher, options), student, mix, options.label_smoothing)
     state = StateFolder(target, made)
     facts = train(student, loss, data, options, state, progress)
     student.save(target)

@@ -228,4 +228,6 @@ def _read(weights: Weights, parameter: Parameter) -> Tensor:
     """Return a tensor that stays as it is, in float32."""
     if parameter.is_linear or parameter.role == "head":
         return weights.float_weight(parameter.name.removesuffix(".weight"), *parameter.shape).float()
+    if parameter.role == "embedding":
+        return weights.embedding(*parameter.shape).float()
     return weights.plain(parameter.name, parameter.shape).float()

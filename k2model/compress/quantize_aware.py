@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from k2model.compress.calibrate import calibration_ids, start_calibration
-from k2model.compress.convert import convert
+from k2model.compress.convert import Embedding, convert
 from k2model.compress.distill import DistillationLoss, Mix, open_teacher
 from k2model.compress.examples import TrainingData
 from k2model.compress.recipe import copy_tokenizer, open_tokenizer
@@ -33,6 +33,7 @@ def quantize_aware(
     *,
     teacher: str | None = None,
     mix: Mix | None = None,
+    embedding: Embedding = "bf16",
 ) -> dict[str, Any]:
     """Train checkpoint `source` under INT8 arithmetic and write it as W8A8 compressed-tensors; return the facts of it.
 
@@ -44,20 +45,23 @@ def quantize_aware(
         progress: told of every step.
         teacher: a dense checkpoint whose answers are learned; `source` itself is a good one. None for labels alone.
         mix: what is learned from, with a teacher.
+        embedding: how the input embedding is stored, and computed from the first step on.
 
     Raises: as `tune`.
     """
     mix = mix or Mix(hidden_weight=0.0)
     taught_by = {"teacher": fingerprint(teacher, "fp32"), "mix": asdict(mix)} if teacher else {}
-    state = StateFolder(target, made_of("quantize", source, data, options, **taught_by))
+    state = StateFolder(target, made_of("quantize", source, data, options, embedding=embedding, **taught_by))
     student = Student.open(source)
-    loss: Loss = DistillationLoss(open_teacher(teacher, options), student, mix) if teacher else LabelLoss()
+    loss: Loss = LabelLoss(options.label_smoothing)
+    if teacher:
+        loss = DistillationLoss(open_teacher(teacher, options), student, mix, options.label_smoothing)
     balance_outliers(student)
-    student.product = int8_product
+    student.product, student.has_int8_embedding = int8_product, embedding == "int8"
     facts = train(student, loss, data, options, state, progress)
     student.save(state.folder / "float")
     copy_tokenizer(student.source, target)
-    convert(open_checkpoint(str(state.folder / "float")), target, None, alpha=0.0)
+    convert(open_checkpoint(str(state.folder / "float")), target, None, embedding=embedding, alpha=0.0)
     state.remove()
     return {"kind": "quantize", **facts}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from k2model.compress.convert import Int4, convert
+from k2model.compress.convert import Embedding, Int4, convert
 from k2model.formats.checkpoint import Checkpoint, cache_folder, fingerprint, open_checkpoint
 from k2model.parameters import parameters
 from k2model.tokenizer import Tokenizer
@@ -47,7 +47,13 @@ def prepare_int8(name: str) -> Checkpoint:
 
 
 def convert_into(
-    name: str, folder: Path, *, int4: Int4 = "keep", balanced: bool = True, say: Callable[[str], None]
+    name: str,
+    folder: Path,
+    *,
+    int4: Int4 = "keep",
+    embedding: Embedding = "bf16",
+    balanced: bool = True,
+    say: Callable[[str], None],
 ) -> None:
     """Write the quantized conversion of `name` into `folder`, going on with what an earlier attempt left there.
 
@@ -55,13 +61,14 @@ def convert_into(
         name: the checkpoint.
         folder: empty, not there yet, or left by an attempt with the same arguments.
         int4: what becomes of INT4 weights.
+        embedding: how the input embedding is stored.
         balanced: whether outliers are balanced, over the calibration texts.
         say: told of each shard.
 
     Raises: CheckpointError; also if `folder` holds anything else.
     """
     source = open_checkpoint(name)
-    made_of = {"fingerprint": fingerprint(name, "int8"), "int4": int4, "balanced": balanced}
+    made_of = {"fingerprint": fingerprint(name, "int8"), "int4": int4, "embedding": embedding, "balanced": balanced}
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / _NOTE
     if any(folder.iterdir()) and (not note.exists() or json.loads(note.read_text(encoding="utf-8")) != made_of):
@@ -71,7 +78,8 @@ def convert_into(
     note.write_text(json.dumps(made_of), encoding="utf-8")
     with _alone(note):
         copy_tokenizer(source, folder)
-        convert(source, folder, Tokenizer.open(folder) if balanced else None, int4=int4, say=say)
+        tokenizer = Tokenizer.open(folder) if balanced else None
+        convert(source, folder, tokenizer, int4=int4, embedding=embedding, say=say)
 
 
 _NOTE = "k2batch.json"

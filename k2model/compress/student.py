@@ -68,6 +68,8 @@ class Student(nn.Module):
         self.source = source
         self.product: Product = float32_product
         """How linears are computed."""
+        self.has_int8_embedding = False
+        """Whether the INT8 checkpoint that `int8_product` is for has the embedding's rows in INT8."""
         with torch.device("meta"):
             self.model = _Model(config)
             if not config.tie_word_embeddings:
@@ -87,6 +89,8 @@ class Student(nn.Module):
                 if parameter.role != "head" or not weights.is_tied:
                     linear = parameter.name.removesuffix(".weight")
                     tensors[parameter.name] = weights.float_weight(linear, *parameter.shape).float()
+            elif parameter.role == "embedding":
+                tensors[parameter.name] = weights.embedding(*parameter.shape).float()
             else:
                 tensors[parameter.name] = weights.plain(parameter.name, parameter.shape).float()
         tied = {"tie_word_embeddings": weights.is_tied, "torch_dtype": "float32"}
@@ -155,7 +159,8 @@ class Student(nn.Module):
         columns = [[*map(place.__getitem__, ids), *[-1] * (width - len(ids))] for ids in targets]
         columns_on = torch.tensor(columns, device=device)
         hidden, states = self.hidden(packed, torch.tensor(asked, device=device), keep)
-        head = rows_of(self.head, torch.tensor(token_ids, device=device), self.product)
+        is_int8 = self.has_int8_embedding and self.config.tie_word_embeddings
+        head = rows_of(self.head, torch.tensor(token_ids, device=device), self.product, is_int8=is_int8)
         logits = cpu.row_matmul(hidden, head.t()).double()  # [N, U]
         logits = logits.gather(1, columns_on.clamp(min=0)).masked_fill(columns_on < 0, float("-inf"))
         return ForkLogits(logits, torch.tensor(rows, device=device), torch.tensor(truths, device=device), states)
@@ -167,7 +172,8 @@ class Student(nn.Module):
         """
         frequencies = self._frequencies.to(packed.positions.device)
         rope = cos_sin(self.config.rope, frequencies, packed.positions)
-        x = rows_of(self.model.embed_tokens.weight, packed.token_ids, self.product)
+        table, is_int8 = self.model.embed_tokens.weight, self.has_int8_embedding
+        x = rows_of(table, packed.token_ids, self.product, is_int8=is_int8)
         states, last = [], self.config.num_hidden_layers - 1
         for index, (layer, window) in enumerate(zip(self.model.layers, self.config.sliding_windows, strict=True)):
             read = asked if index == last and last not in keep else None

@@ -64,16 +64,19 @@ class _Int8Product(torch.autograd.Function):
         )
 
 
-class _Bfloat16(torch.autograd.Function):
-    """Values rounded to bfloat16, which an INT8 checkpoint's embeddings are; gradients pass."""
+class _StoredRows(torch.autograd.Function):
+    """Rows of an embedding as an INT8 checkpoint has them, bfloat16 or made of INT8; gradients pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.bfloat16().float()
+    def forward(ctx: Any, rows: Tensor, is_int8: bool) -> Tensor:
+        if is_int8:
+            values, scale = quantize_weight(rows)
+            rows = values.float() * scale
+        return rows.bfloat16().float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def _is_compiled(x: Tensor, *dtypes: torch.dtype) -> bool:
@@ -142,10 +145,13 @@ class _Rotated(torch.autograd.Function):
         return training.rotated(grads[0], cos, -sin, ctx.heads), None, None, None
 
 
-def rows_of(table: Tensor, token_ids: Tensor, product: Product) -> Tensor:
-    """Return rows [T, D] of an embedding, rounded as the checkpoint that `product` is for stores them."""
+def rows_of(table: Tensor, token_ids: Tensor, product: Product, *, is_int8: bool) -> Tensor:
+    """Return rows [T, D] of an embedding, rounded as the checkpoint that `product` is for stores them.
+
+    With `is_int8`, an INT8 checkpoint has them in INT8, too, and else in bfloat16.
+    """
     rows = functional.embedding(token_ids, table)
-    return _applied(_Bfloat16, rows) if product is int8_product else rows
+    return _applied(_StoredRows, rows, is_int8) if product is int8_product else rows
 
 
 def _applied(function: Any, *inputs: Tensor | float | None) -> Tensor:

@@ -44,6 +44,8 @@ class TrainingOptions:
     """Longer gradients are scaled down to it."""
     batches_per_step: int = 1
     """Batches whose gradients are averaged."""
+    label_smoothing: float = 0.0
+    """Share of a right answer that goes to all answers alike, so that it is not learned by heart (arXiv 1512.00567)."""
     freeze_layers: int = 0
     """The embedding and so many first layers stay as they are, and cost no backward pass."""
     validate_every: int = 0
@@ -64,6 +66,8 @@ class TrainingOptions:
                 raise SpecError(f"{name} is {getattr(self, name)}, expected more than 0")
         if not 0 <= self.warmup_share < 1 or self.weight_decay < 0:
             raise SpecError(f"{self.warmup_share=} is to be within [0, 1), {self.weight_decay=} 0 or more")
+        if not 0 <= self.label_smoothing < 1:
+            raise SpecError(f"label_smoothing is {self.label_smoothing}, expected a share below 1")
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of step `step`, 0 and up."""
@@ -89,20 +93,40 @@ class LabelLoss:
 
     modules: Sequence[tuple[str, nn.Module]] = ()
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        """Learn labels, `smoothing` as of `surprise`."""
+        self._smoothing = smoothing
+
     def __call__(self, student: Student, batch: Batch) -> Tensor:
         """Return the mean over the labelled examples; the forks on the right answer's way alone are computed."""
         labelled = tuple(example for example in batch.examples if example.truths is not None)
         if not labelled or not batch.tree.parents:
             raise SpecError("a batch has no labelled example, or a task has one label", remedy="give a truth column")
-        return surprise(student, Batch(labelled)) / len(labelled)
+        return surprise(student, Batch(labelled), self._smoothing) / len(labelled)
 
 
-def surprise(student: Student, batch: Batch) -> Tensor:
-    """Return -ln P(right answers) summed over examples that all have some; the forks on their ways are computed."""
+def surprise(student: Student, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Return -ln P(right answers) summed over examples that all have some; the forks on their ways are computed.
+
+    At each fork the right way has 1 - `smoothing` of what is asked for, and all that may follow share the rest alike.
+    """
     tree = batch.tree
     forks = [path_to(tree, example.truths) for example in batch.examples if example.truths is not None]
     found = student.fork_logits(batch, forks)
-    return -torch.log_softmax(found.logits, dim=-1).gather(1, found.truths[:, None]).sum()
+    return -smoothed(torch.log_softmax(found.logits, dim=-1), found.truths, smoothing).sum()
+
+
+def smoothed(logprobs: Tensor, truths: Tensor, smoothing: float) -> Tensor:
+    """Return [N] the log-probability of `truths` [N] in `logprobs` [N, C], `smoothing` of it the mean of those there.
+
+    -inf in `logprobs` is none of those.
+    """
+    right = logprobs.gather(1, truths[:, None]).squeeze(1)
+    if not smoothing:
+        return right
+    is_one = logprobs > float("-inf")
+    every = logprobs.masked_fill(~is_one, 0.0).sum(dim=1) / is_one.sum(dim=1)
+    return right.lerp(every, smoothing)
 
 
 def tune(source: str, target: Path, data: TrainingData, options: TrainingOptions, progress: Progress) -> dict[str, Any]:
@@ -119,7 +143,7 @@ def tune(source: str, target: Path, data: TrainingData, options: TrainingOptions
     """
     student = Student.open(source)
     state = StateFolder(target, made_of("tune", source, data, options))
-    facts = train(student, LabelLoss(), data, options, state, progress)
+    facts = train(student, LabelLoss(options.label_smoothing), data, options, state, progress)
     student.save(target)
     state.remove()
     return {"kind": "tune", **facts}

@@ -107,7 +107,7 @@ class Decoder:
             return part if card is None else on_card(part, card)
 
         d, v = config.hidden_size, config.vocab_size
-        embed_tokens = placed(weights.plain("model.embed_tokens.weight", (v, d)))
+        embed_tokens = placed(weights.embedding(v, d))
         head = embed_tokens if weights.is_tied else placed(weights.float_weight("lm_head", v, d))
         attention = LinearReader(weights, precision.attention, precision.expand)
         feed_forward = LinearReader(weights, precision.feed_forward, precision.expand)

@@ -13,13 +13,16 @@ _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channe
 _ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-def quantization_config(int4_targets: list[str], int4_group_size: int, *, all_int4: bool) -> dict[str, Any]:
+def quantization_config(
+    int4_targets: list[str], int4_group_size: int, *, all_int4: bool, int8_embedding: bool = False
+) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint whose decoder linears are W8A8, or INT4 by group.
 
     Args:
         int4_targets: module names, or patterns behind `re:`, of the linears stored as INT4.
         int4_group_size: columns that share a scale there.
         all_int4: whether no linear is W8A8.
+        int8_embedding: whether the input embedding's rows are INT8, too.
     """
     group = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
     int8 = {"targets": ["Linear"], "weights": _WEIGHTS, "input_activations": _ACTIVATIONS, "format": "int-quantized"}
@@ -29,10 +32,13 @@ def quantization_config(int4_targets: list[str], int4_group_size: int, *, all_in
         "input_activations": None,
         "format": "pack-quantized",
     }
-    groups = [scheme for scheme, there in ((int8, not all_int4), (int4, bool(int4_targets))) if there]
+    rows = {"targets": ["Embedding"], "weights": _WEIGHTS, "input_activations": None, "format": "int-quantized"}
+    possible = ((int8, not all_int4), (int4, bool(int4_targets)), (rows, int8_embedding))
+    groups = [scheme for scheme, there in possible if there]
+    formats = {str(scheme["format"]) for scheme in groups}
     return {
         "quant_method": "compressed-tensors",
-        "format": groups[0]["format"] if len(groups) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ["lm_head", "re:.*\\.gate$"],
         "config_groups": {f"group_{i}": {**scheme, "output_activations": None} for i, scheme in enumerate(groups)},

@@ -147,7 +147,8 @@ def _group(group: Mapping[str, Any], where: str) -> tuple[Storage, int | None]:
         raise CheckpointError(
             f'{where}.weights has {bits} bits by "{strategy}", and 8 by channel or 4 by group are read', remedy=_REMEDY
         )
-    if activations is not None or bits == 8:
+    is_looked_up = group.get("targets") == ["Embedding"]  # rows that nothing is multiplied with
+    if activations is not None or (bits == 8 and not is_looked_up):
         _activations(activations, f"{where}.input_activations")
     if bits == 8:
         return "int8", None

@@ -90,6 +90,11 @@ class Weights:
             raise CheckpointError(f"{self.where}: tensor {name} is {info.shape}, expected {shape} by config.json")
         return self.read(name)
 
+    def embedding(self, vocab_size: int, hidden_size: int) -> Tensor:
+        """Return the input embedding [V, D] as stored if float, else expanded to bfloat16, in which it is computed."""
+        table = self.float_weight("model.embed_tokens", vocab_size, hidden_size)
+        return table if self.storage("model.embed_tokens") == "float" else table.to(torch.bfloat16)
+
     def vector(self, name: str, size: int) -> Tensor:
         """Return a norm's weight or a bias as float32 [size]."""
         return self.plain(name, (size,)).float()
@@ -188,7 +193,7 @@ class Weights:
 
     def _stored_shapes(self, parameter: Parameter) -> dict[str, tuple[int, ...]]:
         """Return the tensors that hold `parameter`, and their shapes."""
-        if not parameter.is_linear and parameter.role != "head":
+        if not parameter.is_linear and parameter.role not in ("head", "embedding"):
             return {parameter.name: parameter.shape}
         n, k = parameter.shape
         linear = parameter.name.removesuffix(".weight")
