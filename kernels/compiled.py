@@ -1,4 +1,4 @@
-"""How loops over rows are compiled: by numba on first use, once for few rows and once for many, kept on disk.
+"""How loops over rows are compiled: by numba on first use, kept on disk.
 
 Values are computed in float32; in memory they may be bfloat16, which numba knows as their bits alone, uint16. Nothing
 is contracted or reordered, so that a row's bits are its own on every processor and for every number of threads.
@@ -6,6 +6,7 @@ is contracted or reordered, so that a row's bits are its own on every processor 
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from kernels.threads import in_thread_that_ends
 
 Loop = Callable[..., Any]
 inline = numba.njit(inline="always", error_model="numpy")
@@ -50,15 +53,18 @@ def memory(x: Tensor) -> npt.NDArray[Any]:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def _compiled(loop: Loop, many: bool) -> Loop:
+def _compiled(loop: Loop, shared: bool) -> Loop:
+    # Under a name of its own: what numba keeps on disk is found by name alone, and it takes the one for the other.
+    name = f"{loop.__name__}_{'shared' if shared else 'alone'}"
+    loop = FunctionType(loop.__code__.replace(co_name=name, co_qualname=name), loop.__globals__)
     try:
-        return numba.njit(parallel=many, cache=True, error_model="numpy")(loop)
+        return numba.njit(parallel=shared, cache=True, nogil=True, error_model="numpy")(loop)
     except RuntimeError:  # no folder of this user's can be written: it is compiled in every process
-        return numba.njit(parallel=many, error_model="numpy")(loop)
+        return numba.njit(parallel=shared, nogil=True, error_model="numpy")(loop)
 
 
 def both(loop: Loop) -> tuple[Loop, Loop]:
-    """Return `loop` for few rows and for many."""
+    """Return `loop` for one thread where there is no OpenMP, and for any number."""
     return _compiled(loop, False), _compiled(loop, True)
 
 
@@ -72,21 +78,23 @@ _NOTHING = _compiled(_nothing, True)
 
 @functools.cache
 def _threads() -> int:
-    """Return the threads numba may use: those of OpenMP, as several threads may call it at once; without it, one."""
+    """Return the threads numba may use: those of OpenMP, as several threads may call it at once; 0 without it."""
     config: Any = numba.config
     if config.THREADING_LAYER == "default":
         config.THREADING_LAYER = "omp"
-    try:
-        _NOTHING(np.ones(1, np.float32))
+    try:  # not in this thread: numba's first loop sets how many threads OpenMP, and so torch, has in the one that asks
+        in_thread_that_ends(_NOTHING, np.ones(1, np.float32))
     except ValueError:  # of numba: no threading layer could be loaded
-        return 1
+        return 0
     return numba.get_num_threads()
 
 
 def run(loops: tuple[Loop, Loop], size: int, *arguments: Any) -> None:
     """Call one of `loops` of `both`, for `size` values in all."""
-    if size < _SERIAL_VALUES or (threads := min(torch.get_num_threads(), _threads())) == 1:
+    most = _threads()
+    if not most:
         loops[0](*arguments)
-    else:
-        numba.set_num_threads(threads)
-        loops[1](*arguments)
+        return
+    # On one thread, too: loops of numba's that may be shared out are faster than others there, or 1 us slower.
+    numba.set_num_threads(1 if size < _SERIAL_VALUES else min(torch.get_num_threads(), most))
+    loops[1](*arguments)

@@ -16,7 +16,7 @@ from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots
 T = TypeVar("T", bound=Hashable)
 
 _FIRST_ROWS = 8
-"""Room of a block at first; it doubles."""
+"""Room of a block at first, or for all that decode, who may come to it; it doubles. What is not filled takes none."""
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class KvCache(Generic[T]):
         """Return the block of `num_tiles` tiles with a free row, and that row."""
         block = self.blocks.get(num_tiles)
         if block is None:
-            block = self.blocks[num_tiles] = Block(self.allocate(_FIRST_ROWS, num_tiles))
+            block = self.blocks[num_tiles] = Block(self.allocate(max(_FIRST_ROWS, len(self)), num_tiles))
         row, capacity = len(block.owners), block.slots.num_rows
         if row == capacity:
             wider = self.allocate(2 * capacity, num_tiles)
