@@ -10,7 +10,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 A = TypeVar("A")
 
-_MOST_LANES = 4
+MOST_LANES = 4
 """More would wait for Python's lock."""
 
 
@@ -32,12 +32,12 @@ class Lanes:
     twice 26 on one core each (BENCHMARKS.md).
     """
 
-    def __init__(self, num_threads: int) -> None:
-        """Share `num_threads`, those torch has, out to as many lanes as divide them, four at most.
+    def __init__(self, num_threads: int, most: int = MOST_LANES) -> None:
+        """Share `num_threads`, those torch has, out to as many lanes as divide them, at most `most`.
 
         The thread that calls it has its share from here on; threads that are no lanes compute on all, as before.
         """
-        self.count = next(count for count in range(_MOST_LANES, 0, -1) if num_threads % count == 0)
+        self.count = next(count for count in range(most, 0, -1) if num_threads % count == 0)
         share = num_threads // self.count
         self._others = [ThreadPoolExecutor(1, thread_name_prefix="k2batch-lane") for _ in range(self.count - 1)]
         for other in self._others:

@@ -24,7 +24,7 @@ from k2model.engine.runner import Batch, Runner
 from k2model.engine.scheduler import Scheduler, Submission
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
 from k2model.tokenizer import Tokenizer
-from kernels.threads import Lanes, in_thread_that_ends
+from kernels.threads import MOST_LANES, Lanes, in_thread_that_ends
 from schemas.errors import EnvironmentMismatch, K2Error
 
 MAX_NUM_BATCHED_TOKENS = 2048
@@ -62,6 +62,8 @@ class Engine:
         self.busy_seconds = 0.0
         """Time spent computing since it was opened."""
         self._told = Work()
+        # Asked here, so that this thread keeps its own number while lanes set theirs.
+        self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, name="k2batch-engine", daemon=True)
         self._thread.start()
         # A computing thread must not outlive the interpreter: torch's own threads would abort the process.
@@ -156,7 +158,7 @@ class Engine:
     def _loop(self) -> None:
         """Compute until closed. A defect of the engine itself fails what waits; it must never leave anyone waiting."""
         try:
-            lanes = Lanes(torch.get_num_threads() if self.decoder.pool is None else 1)
+            lanes = Lanes(self._num_threads, MOST_LANES if self.decoder.pool is None else 1)
             try:
                 self._compute_all(lanes)
             finally:
