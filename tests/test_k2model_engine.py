@@ -1,15 +1,11 @@
 """The engine: right sums, the same bits whatever stands beside a request, and errors that reach their owner."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,47 +49,6 @@ def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
     rng = random.Random(seed)
     shared = tuple(rng.randrange(256) for _ in range(9))
     return [shared + tuple(rng.randrange(256) for _ in range(rng.randint(1, 60))) for _ in range(count)]
-
-
-_THREADS_THAT_RUN = """
-import os, sys
-import torch
-from k2model.engine.engine import Engine
-from k2model.engine.request import Candidate, Request
-def switches():
-    found = {}
-    for thread in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{thread}/status") as file:
-            found[thread] = sum(int(line.split()[1]) for line in file if "ctxt_switches" in line)
-    return found
-opened = Engine.open(sys.argv[1])
-candidates = tuple(Candidate((i,), 1) for i in range(9))
-requests = [Request(prompt_ids=(*range(100), i), candidates=candidates) for i in range(90)]
-for turn in range(20):
-    opened.submit(requests).result()
-    if turn == 1:  # what is done once is done
-        before = switches()
-    requests = requests[::-1]
-print(sum(count > before.get(thread, 0) + 2 for thread, count in switches().items()))
-opened.close()
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.get_num_threads() < 2, reason="counts threads")
-def test_no_thread_but_the_lanes_computes(checkpoint: str) -> None:
-    """Where each lane has one core, whatever is compiled: of more threads than cores some would wait for the others.
-
-    What numba keeps on disk of a loop once was the one that is shared out, in place of the one that was asked for.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", _THREADS_THAT_RUN, checkpoint],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
-    assert int(done.stdout) <= 2 + 2  # the lanes, the thread that asks, and the one that fills masks
 
 
 def test_a_model_is_opened_by_a_thread_that_ends(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

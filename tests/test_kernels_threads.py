@@ -1,12 +1,17 @@
 """Lanes: threads that compute side by side, each on its share; and what others have meanwhile."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.threads import Lanes, in_thread_that_ends
+from tests.checkpoints import write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,44 @@ def test_what_one_part_raises_is_its_own_outcome() -> None:
         in_thread_that_ends(torch.set_num_threads, before)
     assert (first, third) == (0.25, 1.0)
     assert isinstance(second, ZeroDivisionError)
+
+
+_THREADS_THAT_RUN = """
+import os, sys
+import torch
+from k2model.engine.engine import Engine
+from k2model.engine.request import Candidate, Request
+def switches():
+    found = {}
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/status") as file:
+            found[thread] = sum(int(line.split()[1]) for line in file if "ctxt_switches" in line)
+    return found
+opened = Engine.open(sys.argv[1])
+candidates = tuple(Candidate((i,), 1) for i in range(9))
+requests = [Request(prompt_ids=(*range(100), i), candidates=candidates) for i in range(90)]
+for turn in range(20):
+    opened.submit(requests).result()
+    if turn == 1:  # what is done once is done
+        before = switches()
+    requests = requests[::-1]
+print(sum(count > before.get(thread, 0) + 2 for thread, count in switches().items()))
+opened.close()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.get_num_threads() < 2, reason="counts threads")
+def test_no_thread_but_the_lanes_computes(tmp_path: Path) -> None:
+    """Where each lane has one core, whatever is compiled: of more threads than cores some would wait for the others.
+
+    What numba keeps on disk of a loop once was the one that is shared out, in place of the one that was asked for.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _THREADS_THAT_RUN, str(write_checkpoint(tmp_path / "source"))],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "2", "K2BATCH_CACHE": str(tmp_path / "cache")},
+    )
+    assert int(done.stdout) <= 2 + 2  # the lanes, the thread that asks, and the one that fills masks
