@@ -31,6 +31,7 @@ def test_everyone_keeps_its_own_keys() -> None:
             name, sizes = str(turn), (rng.randint(1, 150), rng.randint(1, 40))
             cache.add(name, parts(turn, *sizes))
             lengths[name] = sum(sizes)
+        cache.settle()  # what came, grew and left, in this order
         for block in cache.blocks.values():
             group = block.group(range(len(block.owners)))
             for row, owner in enumerate(block.owners):
@@ -55,6 +56,7 @@ def test_some_rows_are_a_view_of_the_block() -> None:
     cache: KvCache[str] = KvCache(allocate)
     for owner in "abcde":
         cache.add(owner, parts(ord(owner), 10))
+    cache.settle()
     group = cache.blocks[1].group(range(2, 4))
     assert group.slots.layers[0][0, :, 0, 3, 0].tolist() == [ord("c") * 1000 + 3, ord("d") * 1000 + 3]
     group.slots.layers[0][0, 0, 0, 10, 0] = 5

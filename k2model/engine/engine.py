@@ -181,7 +181,7 @@ class Engine:
             if len(batch):
                 started = time.perf_counter()
                 self._attempt(batch, lanes)
-                self._runner.settle()
+                self._runner.settle(lanes)
                 self.busy_seconds += time.perf_counter() - started
 
     def _attempt(self, batch: Batch, lanes: Lanes) -> None:

@@ -25,6 +25,7 @@ from k2model.engine.scores import log_probabilities
 from k2model.engine.speculation import Guesser, agreed
 from k2model.tokenizer import Tokenizer
 from kernels import ops
+from kernels.threads import Lanes
 
 _LEAST_TOKENS = 16
 """Of a batch that is computed beside another: to begin each operation takes Python as long, however small it is."""
@@ -262,11 +263,12 @@ class Runner:
                 return [item]
         return []
 
-    def settle(self) -> None:
+    def settle(self, lanes: Lanes) -> None:
         """Count the step's tokens, and let go of what is finished: call once after every batch of a step."""
         self.cache.advance(self._filled)
         for generation, parts in self._new:
             self.cache.add(generation, parts)
+        self.cache.settle(lanes)
         self._new, self._filled = [], {}
 
     def _forward(
