@@ -1,11 +1,14 @@
 """The cache of decoding sequences: whoever comes, grows and leaves, each keeps its own keys."""
 
 import random
+from typing import Any, cast
 
+import pytest
 import torch
 
 from k2model.decoder.step import DECODE_TILE, KeyValues, Slots
 from k2model.engine.kv_cache import KvCache
+from kernels.threads import Lanes
 
 
 def allocate(rows: int, num_tiles: int) -> Slots:
@@ -22,8 +25,21 @@ def parts(owner: int, *lengths: int) -> list[KeyValues]:
     return made
 
 
-def test_everyone_keeps_its_own_keys() -> None:
-    rng = random.Random(3)
+class Turns:
+    """Lanes of one thread."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def run(self, function: Any, parts: list[slice]) -> list[Any]:
+        assert len(parts) == self.count
+        return [function(part) for part in parts]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_everyone_keeps_its_own_keys(count: int) -> None:
+    """On as many lanes, of two layers; 0 for none."""
+    rng, lanes = random.Random(3), cast(Lanes, Turns(count)) if count else None
     cache: KvCache[str] = KvCache(allocate)
     lengths: dict[str, int] = {}
     for turn in range(400):
@@ -31,7 +47,7 @@ def test_everyone_keeps_its_own_keys() -> None:
             name, sizes = str(turn), (rng.randint(1, 150), rng.randint(1, 40))
             cache.add(name, parts(turn, *sizes))
             lengths[name] = sum(sizes)
-        cache.settle()  # what came, grew and left, in this order
+        cache.settle(lanes)  # what came, grew and left, in this order
         for block in cache.blocks.values():
             group = block.group(range(len(block.owners)))
             for row, owner in enumerate(block.owners):
