@@ -261,7 +261,6 @@ def forced_logits(decoder: Decoder, prompts: list[list[int]], answers: list[list
     cache = KvCache[int](decoder.allocate_slots)
     for index, kv in enumerate(kept):
         cache.add(index, [kv])
-    cache.settle()
     for tokens in list(zip(*answers, strict=True))[:-1]:
         blocks = list(cache.blocks.values())
         owners = [index for block in blocks for index in block.owners]
@@ -269,7 +268,6 @@ def forced_logits(decoder: Decoder, prompts: list[list[int]], answers: list[list
         hidden = decoder.forward(Step([], fed))
         logits.append(decoder.logits(hidden[torch.tensor(owners).argsort()]))
         cache.advance(dict.fromkeys(owners, 1))
-        cache.settle()
     return torch.stack(logits, dim=1)
 
 

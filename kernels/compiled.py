@@ -58,9 +58,9 @@ def _compiled(loop: Loop, shared: bool) -> Loop:
     name = f"{loop.__name__}_{'shared' if shared else 'alone'}"
     loop = FunctionType(loop.__code__.replace(co_name=name, co_qualname=name), loop.__globals__)
     try:
-        return numba.njit(parallel=shared, cache=True, nogil=True, error_model="numpy")(loop)
+        return numba.njit(parallel=shared, cache=True, error_model="numpy")(loop)
     except RuntimeError:  # no folder of this user's can be written: it is compiled in every process
-        return numba.njit(parallel=shared, nogil=True, error_model="numpy")(loop)
+        return numba.njit(parallel=shared, error_model="numpy")(loop)
 
 
 def both(loop: Loop) -> tuple[Loop, Loop]:

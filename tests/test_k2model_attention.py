@@ -14,7 +14,7 @@ from k2model.decoder.mla import LatentAttention
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.rope import cos_sin, deinterleaved, inverse_frequencies
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step, move
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from k2model.formats.weights import in_memory
 from kernels import cpu
 from tests.checkpoints import config_json, random_tensors
@@ -61,7 +61,7 @@ def test_absorbed_attention_is_expanded_attention(options: dict[str, Any], count
         slots = Slots(empty(1, 1, count, 1, DECODE_TILE))
         for row, kv in enumerate(kept):
             assert kv.layers[0].isfinite().all()
-            move(slots.fill(row, [kv]), slice(None))
+            slots.fill(row, [kv])
         last = run(slice(10, 11), Step([], [(DecodeGroup(slots, torch.tensor([10] * count)), [0] * count)]))
     torch.testing.assert_close(first, whole[:, :10], rtol=0, atol=1e-5)
     torch.testing.assert_close(last, whole[:, 10:], rtol=0, atol=1e-5)

@@ -17,7 +17,7 @@ from k2model.decoder.feed_forward import MixtureOfExperts
 from k2model.decoder.model import Decoder
 from k2model.decoder.paged import PagePool
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import DecodeGroup, Span, move
+from k2model.decoder.step import DecodeGroup, Span
 from k2model.engine.engine import Engine, is_card_lost
 from k2model.engine.request import Candidate, Completion, Request, Sampling
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
@@ -66,7 +66,7 @@ def logits(decoder: Decoder) -> Tensor:
     shared, before = decoder.allocate(0, len(SHARED)), decoder.allocate(0, 6)
     decoder.forward(decoder.step([Span(SHARED, keep=shared), Span(tuple(range(60, 66)), keep=before)]))
     slots = decoder.allocate_slots(2, 1)
-    move(slots.fill(0, [before]), slice(None))
+    slots.fill(0, [before])
     group = DecodeGroup(slots.part(range(1)), torch.tensor([6]))
     step = decoder.step([Span((7, 8, 9), (shared,), TREE), Span((17, 8), (shared,)), Span((5, 6))], [(group, [33])])
     hidden = decoder.forward(step)

@@ -16,7 +16,7 @@ from k2model.config import ModelConfig
 from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, Span, Step, move
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, Span, Step
 from k2model.formats.compressed_tensors import pack_int4
 from k2model.formats.weights import in_memory
 from k2model.parameters import Parameter, parameters
@@ -103,7 +103,7 @@ def test_a_shared_prefix_gives_what_the_whole_prompt_gives(
         hidden = rest.in_given_order(decoder.forward(rest))
         slots = decoder.allocate_slots(3, 1)
         for row, kv in enumerate(kept):
-            move(slots.fill(row, [prefix, kv]), slice(None))
+            slots.fill(row, [prefix, kv])
         after = decoder.forward(Step([], [(DecodeGroup(slots, torch.tensor([length] * 3)), [11] * 3)]))
     torch.testing.assert_close(hidden, torch.cat([w[split:length] for w in whole]), rtol=0, atol=3e-5)
     torch.testing.assert_close(after, torch.stack([w[-1] for w in whole]), rtol=0, atol=3e-5)

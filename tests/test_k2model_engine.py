@@ -2,11 +2,13 @@
 
 import random
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,18 +53,36 @@ def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
     return [shared + tuple(rng.randrange(256) for _ in range(rng.randint(1, 60))) for _ in range(count)]
 
 
-def test_a_model_is_opened_by_a_thread_that_ends(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose team of OpenMP threads ends with it: a second one in a process costs time (kernels/threads.py)."""
-    opening: list[threading.Thread] = []
+_OPENED = """
+import os, sys, time
+import torch
+from k2model.engine import engine
+load = engine.load
+def busy(*args):
+    torch.ones(2048, 2048).exp()  # by all threads
+    return load(*args)
+engine.load = busy
+before = len(os.listdir("/proc/self/task"))
+opened = engine.Engine.open(sys.argv[1])
+late = time.monotonic() + 100  # a thread that was told to end may take a while
+while (left := len(os.listdir("/proc/self/task")) - before) > 1 and time.monotonic() < late:
+    time.sleep(0.05)
+print(left)
+opened.close()
+"""
 
-    def noted(*args: Any) -> Any:
-        opening.append(threading.current_thread())
-        return load(*args)
 
-    monkeypatch.setattr("k2model.engine.engine.load", noted)
-    Engine.open(checkpoint).close()
-    assert opening[0] is not threading.current_thread()
-    assert not opening[0].is_alive()
+@pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.get_num_threads() < 2, reason="counts OpenMP threads")
+def test_no_thread_but_the_loop_is_left_of_opening(checkpoint: str) -> None:
+    """A second team of OpenMP threads in a process costs the loop's a sixth of its rate (kernels/threads.py)."""
+    done = subprocess.run(
+        [sys.executable, "-c", _OPENED, checkpoint],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.strip() == "1"
 
 
 def scoring(prompt: tuple[int, ...]) -> Request:
@@ -180,7 +200,7 @@ def test_same_request_same_bits(engine: Engine, make: "type[Request]") -> None:
     assert among_7 == among_500[:70]
     assert [engine.submit([request]).result()[0] for request in requests[:20]] == among_500[:20]
     assert engine.submit(requests[::-1]).result()[::-1] == among_500
-    for count in (1, 2, 4, 5):
+    for count in (1, 2, 5):
         with on_threads(engine, count) as other:
             assert other.submit(requests[:40]).result() == among_500[:40]
 
@@ -343,7 +363,7 @@ def test_out_of_memory_halves_the_step_from_then_on(engine: Engine, monkeypatch:
             )
         return forward(decoder, step, read)
 
-    other = Engine(engine.decoder, engine.tokenizer, "test", max_num_batched_tokens=2000)
+    other = Engine(engine.decoder, engine.tokenizer, "test", max_num_batched_tokens=1000)
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "forward", small)
         assert other.submit(requests).result(timeout=60) == expected

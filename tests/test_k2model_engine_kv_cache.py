@@ -1,14 +1,11 @@
 """The cache of decoding sequences: whoever comes, grows and leaves, each keeps its own keys."""
 
 import random
-from typing import Any, cast
 
-import pytest
 import torch
 
 from k2model.decoder.step import DECODE_TILE, KeyValues, Slots
 from k2model.engine.kv_cache import KvCache
-from kernels.threads import Lanes
 
 
 def allocate(rows: int, num_tiles: int) -> Slots:
@@ -25,21 +22,8 @@ def parts(owner: int, *lengths: int) -> list[KeyValues]:
     return made
 
 
-class Turns:
-    """Lanes of one thread."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def run(self, function: Any, parts: list[slice]) -> list[Any]:
-        assert len(parts) == self.count
-        return [function(part) for part in parts]
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_everyone_keeps_its_own_keys(count: int) -> None:
-    """On as many lanes, of two layers; 0 for none."""
-    rng, lanes = random.Random(3), cast(Lanes, Turns(count)) if count else None
+def test_everyone_keeps_its_own_keys() -> None:
+    rng = random.Random(3)
     cache: KvCache[str] = KvCache(allocate)
     lengths: dict[str, int] = {}
     for turn in range(400):
@@ -47,7 +31,6 @@ def test_everyone_keeps_its_own_keys(count: int) -> None:
             name, sizes = str(turn), (rng.randint(1, 150), rng.randint(1, 40))
             cache.add(name, parts(turn, *sizes))
             lengths[name] = sum(sizes)
-        cache.settle(lanes)  # what came, grew and left, in this order
         for block in cache.blocks.values():
             group = block.group(range(len(block.owners)))
             for row, owner in enumerate(block.owners):
@@ -72,7 +55,6 @@ def test_some_rows_are_a_view_of_the_block() -> None:
     cache: KvCache[str] = KvCache(allocate)
     for owner in "abcde":
         cache.add(owner, parts(ord(owner), 10))
-    cache.settle()
     group = cache.blocks[1].group(range(2, 4))
     assert group.slots.layers[0][0, :, 0, 3, 0].tolist() == [ord("c") * 1000 + 3, ord("d") * 1000 + 3]
     group.slots.layers[0][0, 0, 0, 10, 0] = 5

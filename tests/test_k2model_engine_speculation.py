@@ -132,7 +132,6 @@ def fed(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]], siz
     cache = KvCache[int](decoder.allocate_slots)
     for index, kv in enumerate(kept):
         cache.add(index, [kv])
-    cache.settle()
     states: list[list[Tensor]] = [[] for _ in prompts]
     done = 0
     for size in sizes:
@@ -151,7 +150,6 @@ def fed(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]], siz
         for owner, state in zip(owners, decoder.forward(Step([], groups)), strict=True):
             states[owner].append(state)
         cache.advance(dict.fromkeys(owners, size))
-        cache.settle()
         done += size
     return [torch.stack(rows) for rows in states]
 

@@ -7,7 +7,6 @@ by the share of its droppable slots (all but each token's strongest) that it dro
 Legend: L layers, T tokens, A experts per token.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,17 +38,14 @@ class Routing:
     tokens: int = 0
     slots: int = 0
     """Experts computed, of all tokens."""
-    _adding: threading.Lock = field(default_factory=threading.Lock)
-    """Held by whichever lane of an engine adds."""
 
     def add(self, expert_ids: Tensor, weights: Tensor, num_experts: int) -> None:
         """Count tokens with `expert_ids` and `weights` [T, A]."""
         sums = weights.sort(dim=-1, descending=True).values.cumsum(dim=-1)
         bins = (sums[:, :-1] / sums[:, -1:] * _BINS).long().clamp_(max=_BINS)
-        with self._adding:
-            self.reached += torch.bincount(bins.flatten(), minlength=_BINS + 1)
-            self.tokens += len(expert_ids)
-            self.slots += int((expert_ids < num_experts).sum())
+        self.reached += torch.bincount(bins.flatten(), minlength=_BINS + 1)
+        self.tokens += len(expert_ids)
+        self.slots += int((expert_ids < num_experts).sum())
 
     def threshold(self, drop: float) -> float:
         """Return the lowest threshold that drops at most the share `drop` of the droppable slots."""

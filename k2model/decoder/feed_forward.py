@@ -3,7 +3,6 @@
 Legend: T tokens of the step, D hidden_size, F intermediate size, E experts, A experts per token.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,9 +12,6 @@ from torch import Tensor
 from k2model.config import ModelConfig, MoeConfig
 from k2model.decoder.linear import Int8Linear, Linear, LinearReader, Quantized, gated
 from kernels import ops
-
-_COUNTING = threading.Lock()
-"""Held while what was dropped is added up, by whichever lane."""
 
 _ROWS_AT_ONCE = 512
 """Tokens of one expert at once: beyond that its int32 products leave the cache, and a popular expert would need much
@@ -86,8 +82,7 @@ class Router:
             threshold=self.threshold,
         )
         if self.dropped is not None:
-            with _COUNTING:
-                self.dropped.add_(expert_ids.numel() - counts.sum())
+            self.dropped.add_(expert_ids.numel() - counts.sum())
         return expert_ids, expert_weights, counts
 
 

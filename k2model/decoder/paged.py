@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from k2model.decoder.branches import Branches
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Moves, Slots, Span, Step
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
 from kernels import cpu
 
 PAGE = 64
@@ -126,18 +126,16 @@ class PagedSlots(Slots):
         """Return the sequences of `rows`."""
         return PagedSlots(self.layers, self.tiles, self.tables[rows.start : rows.stop])
 
-    def fill(self, row: int, parts: Iterable[KeyValues]) -> Moves:
-        """Let the sequence whose last tokens are the last of `parts` have `row`; nothing moves."""
+    def fill(self, row: int, parts: Iterable[KeyValues]) -> None:
+        """Let the sequence whose last tokens are the last of `parts` have `row`."""
         *_, last = parts
         assert isinstance(last, PagedKeyValues)
         self.tables[row] = self._reaching(last.pages)
-        return []
 
-    def take(self, row: int, other: Slots, other_row: int, num_filled: int) -> Moves:
-        """Let `row` have the sequence that stands in `other_row` of `other`; nothing moves."""
+    def take(self, row: int, other: Slots, other_row: int, num_filled: int) -> None:
+        """Let `row` have the sequence that stands in `other_row` of `other`."""
         assert isinstance(other, PagedSlots)
         self.tables[row] = self._reaching(other.tables[other_row])
-        return []
 
     def leave(self, row: int) -> None:
         """Let go of the sequence in `row`."""

@@ -199,19 +199,6 @@ def _past(span: Span, level: int) -> KeyValues | None:
     return span.past[level] if level < len(span.past) else None
 
 
-Moves = list[tuple[Tensor, Tensor | None]]
-"""What is to be copied where, or zeroed where it is None: in this order, each [layers, ...], a layer like any other."""
-
-
-def move(moves: Moves, layers: slice) -> None:
-    """Make `moves` of `layers`."""
-    for there, values in moves:
-        if values is None:
-            there[layers].zero_()
-        else:
-            there[layers].copy_(values[layers])
-
-
 @dataclass(slots=True)
 class Slots:
     """Keys and values of sequences that decode, each of up to the same whole number of tiles."""
@@ -234,16 +221,18 @@ class Slots:
         """Return a view of `rows`."""
         return Slots(self.layers[:, :, rows.start : rows.stop])
 
-    def fill(self, row: int, parts: Iterable[KeyValues]) -> Moves:
-        """Return what brings `parts`, in order from slot 0 on, into `row`."""
-        moves: Moves = [(self.layers[:, :, row, :, part.start : part.end], part.layers) for part in parts]
-        end = sum(there.shape[3] for there, _ in moves)
-        return [*moves, (self.layers[:, :, row, :, end:], None)]
+    def fill(self, row: int, parts: Iterable[KeyValues]) -> None:
+        """Copy `parts`, in order from slot 0 on, into `row`."""
+        end = 0
+        for part in parts:
+            end = part.end
+            self.layers[:, :, row, :, part.start : end] = part.layers
+        self.layers[:, :, row, :, end:] = 0
 
-    def take(self, row: int, other: "Slots", other_row: int, num_filled: int) -> Moves:
-        """Return what lets `row` hold what fills `other_row` of `other`, which may have fewer tiles."""
-        own, theirs = self.layers[:, :, row], other.layers[:, :, other_row]
-        return [(own[:, :, :, :num_filled], theirs[:, :, :, :num_filled]), (own[:, :, :, num_filled:], None)]
+    def take(self, row: int, other: "Slots", other_row: int, num_filled: int) -> None:
+        """Let `row` hold what fills `other_row` of `other`, which may have fewer tiles."""
+        self.layers[:, :, row, :, :num_filled] = other.layers[:, :, other_row, :, :num_filled]
+        self.layers[:, :, row, :, num_filled:] = 0
 
     def leave(self, row: int) -> None:
         """Say that `row` is not read any more."""

@@ -24,11 +24,11 @@ from k2model.engine.runner import Batch, Runner
 from k2model.engine.scheduler import Scheduler, Submission
 from k2model.formats.checkpoint import fingerprint, open_checkpoint
 from k2model.tokenizer import Tokenizer
-from kernels.threads import MOST_LANES, Lanes, in_thread_that_ends
+from kernels.threads import in_thread_that_ends
 from schemas.errors import EnvironmentMismatch, K2Error
 
-MAX_NUM_BATCHED_TOKENS = 2048
-"""Tokens of a step: on each of two lanes int32 products (12 MB at SmolLM2's widest) still fit the cache of a server."""
+MAX_NUM_BATCHED_TOKENS = 1024
+"""Tokens of a step: its int32 products (12 MB at SmolLM2's widest) still fit the cache of a small server."""
 
 MAX_NUM_KV_TOKENS = 65536
 """Key-value slots of decoding sequences, taken as they come: at most 1.5 GB for SmolLM2-135M in bfloat16."""
@@ -62,8 +62,6 @@ class Engine:
         self.busy_seconds = 0.0
         """Time spent computing since it was opened."""
         self._told = Work()
-        # Asked here, so that this thread keeps its own number while lanes set theirs.
-        self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, name="k2batch-engine", daemon=True)
         self._thread.start()
         # A computing thread must not outlive the interpreter: torch's own threads would abort the process.
@@ -158,18 +156,14 @@ class Engine:
     def _loop(self) -> None:
         """Compute until closed. A defect of the engine itself fails what waits; it must never leave anyone waiting."""
         try:
-            lanes = Lanes(self._num_threads, MOST_LANES if self.decoder.pool is None else 1)
-            try:
-                self._compute_all(lanes)
-            finally:
-                lanes.close()
+            self._compute_all()
         except BaseException as error:
             with self._wake:
                 self._closing = True
                 for submission in self._submissions:
                     submission.fail(error)
 
-    def _compute_all(self, lanes: Lanes) -> None:
+    def _compute_all(self) -> None:
         while True:
             with self._wake:
                 while not (self._closing or self._scheduler.has_waiting() or len(self._runner.cache)):
@@ -180,38 +174,39 @@ class Engine:
                     return
             if len(batch):
                 started = time.perf_counter()
-                self._attempt(batch, lanes)
-                self._runner.settle(lanes)
+                self._attempt(batch)
+                self._runner.settle()
                 self.busy_seconds += time.perf_counter() - started
 
-    def _attempt(self, batch: Batch, lanes: Lanes) -> None:
-        """Compute `batch`, a part on each lane; of what fails the halves, down to the one request that is at fault.
+    def _attempt(self, batch: Batch) -> None:
+        """Compute `batch`; if that fails, its halves, down to the one request that is at fault.
 
         Out of memory, steps stay half as large from then on.
 
         Raises: EnvironmentMismatch if the card computes nothing any more: no request is at fault for that.
         """
-        parts = self._runner.parts(batch, lanes.count)
-        outcomes = lanes.run(self._runner.compute, parts)
-        failed = [part for part, answers in zip(parts, outcomes, strict=True) if isinstance(answers, Exception)]
-        with self._wake:
-            if any(isinstance(answers, Exception) and is_out_of_memory(answers) for answers in outcomes):
-                self._scheduler.shrink()
-            for part, answers in zip(parts, outcomes, strict=True):
-                if not isinstance(answers, Exception):
-                    for sequence in self._runner.commit(part, answers):
-                        self._scheduler.close(sequence)
-                elif is_card_lost(answers):
-                    raise EnvironmentMismatch(
-                        f"the card failed: {type(answers).__name__}: {answers}",
-                        remedy="run the job again: it resumes; nvidia-smi and dmesg may say what the card has",
-                    ) from answers
-                elif len(part) == 1:
-                    self._give_up(part, f"{type(answers).__name__}: {answers}")
-        del outcomes, answers  # errors hold the step's memory
-        for part in failed:
-            for half in part.halves() if len(part) > 1 else ():
-                self._attempt(half, lanes)
+        try:
+            answers = self._runner.compute(batch)
+        except Exception as error:  # the owner of the step must hear of it; the loop must go on
+            if is_card_lost(error):
+                raise EnvironmentMismatch(
+                    f"the card failed: {type(error).__name__}: {error}",
+                    remedy="run the job again: it resumes; nvidia-smi and dmesg may say what the card has",
+                ) from error
+            with self._wake:
+                if is_out_of_memory(error):
+                    self._scheduler.shrink()
+                if len(batch) == 1:
+                    self._give_up(batch, f"{type(error).__name__}: {error}")
+                    return
+        else:
+            with self._wake:
+                for sequence in self._runner.commit(batch, answers):
+                    self._scheduler.close(sequence)
+            return
+        # The error is let go of before: it holds the step's memory.
+        for half in batch.halves():
+            self._attempt(half)
 
     def _give_up(self, batch: Batch, message: str) -> None:
         for item in batch.items:

@@ -11,13 +11,12 @@ from typing import Generic, TypeVar
 
 import torch
 
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Moves, Slots, move
-from kernels.threads import Lanes
+from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots
 
 T = TypeVar("T", bound=Hashable)
 
 _FIRST_ROWS = 8
-"""Room of a block at first, or for all that decode, who may come to it; it doubles. What is not filled takes none."""
+"""Room of a block at first; it doubles."""
 
 
 @dataclass(slots=True)
@@ -57,8 +56,6 @@ class KvCache(Generic[T]):
     allocate: Callable[[int, int], Slots]
     """Room for so many rows of so many tiles."""
     blocks: dict[int, Block[T]] = field(default_factory=dict)
-    moves: Moves = field(default_factory=list)
-    """What must be copied, by `settle`, before anything is read."""
 
     def __len__(self) -> int:
         return sum(len(block.owners) for block in self.blocks.values())
@@ -67,7 +64,7 @@ class KvCache(Generic[T]):
         """Take in a sequence whose tokens so far are `parts`, in order from slot 0 on."""
         length = parts[-1].end
         block, row = self._room(length // DECODE_TILE + 1)
-        self.moves += block.slots.fill(row, parts)
+        block.slots.fill(row, parts)
         block.owners.append(owner)
         block.lengths.append(length)
 
@@ -86,19 +83,6 @@ class KvCache(Generic[T]):
                     self._grow(block, row)
         self.blocks = {tiles: block for tiles, block in self.blocks.items() if block.owners}
 
-    def settle(self, lanes: Lanes | None = None) -> None:
-        """Copy what must be, a share of the layers on each of `lanes`."""
-        moves, self.moves = self.moves, []
-        if not moves:
-            return
-        if lanes is None:
-            move(moves, slice(None))
-            return
-        parts = [slice(place, None, lanes.count) for place in range(lanes.count)]
-        for outcome in lanes.run(lambda layers: move(moves, layers), parts):
-            if outcome is not None:
-                raise outcome
-
     def clear(self) -> None:
         """Forget every sequence."""
         self.blocks.clear()
@@ -107,12 +91,12 @@ class KvCache(Generic[T]):
         """Return the block of `num_tiles` tiles with a free row, and that row."""
         block = self.blocks.get(num_tiles)
         if block is None:
-            block = self.blocks[num_tiles] = Block(self.allocate(max(_FIRST_ROWS, len(self)), num_tiles))
+            block = self.blocks[num_tiles] = Block(self.allocate(_FIRST_ROWS, num_tiles))
         row, capacity = len(block.owners), block.slots.num_rows
         if row == capacity:
             wider = self.allocate(2 * capacity, num_tiles)
             for old, filled in enumerate(block.lengths):
-                self.moves += wider.take(old, block.slots, old, filled)
+                wider.take(old, block.slots, old, filled)
             block.slots = wider
         return block, row
 
@@ -120,7 +104,7 @@ class KvCache(Generic[T]):
         """Move the sequence in `row` to the block with one more tile."""
         other, free = self._room(block.slots.num_tiles + 1)
         filled = block.lengths[row]
-        self.moves += other.slots.take(free, block.slots, row, filled)
+        other.slots.take(free, block.slots, row, filled)
         other.owners.append(block.owners[row])
         other.lengths.append(filled)
         self._drop(block, row)
@@ -129,8 +113,7 @@ class KvCache(Generic[T]):
         """Free `row`: the last one takes its place."""
         last = len(block.owners) - 1
         if row < last:
-            # All: what fails may have left NaN.
-            self.moves += block.slots.take(row, block.slots, last, block.num_slots)
+            block.slots.take(row, block.slots, last, block.num_slots)  # all: what fails may have left NaN
             block.owners[row], block.lengths[row] = block.owners[last], block.lengths[last]
         block.slots.leave(last)
         block.owners.pop()

@@ -25,10 +25,6 @@ from k2model.engine.scores import log_probabilities
 from k2model.engine.speculation import Guesser, agreed
 from k2model.tokenizer import Tokenizer
 from kernels import ops
-from kernels.threads import Lanes
-
-_LEAST_TOKENS = 16
-"""Of a batch that is computed beside another: to begin each operation takes Python as long, however small it is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -104,10 +100,6 @@ class Answers:
     tokens: dict[Generation, list[int]]
     """What comes next, for those that a token was drawn for: not where the grammar leaves no choice, nor where more
     tokens are known than the step had slots for. With more than one, all but the last are fed, too: guessed right."""
-    num_tokens: int
-    """Tokens that went through the decoder."""
-    num_unread_tokens: int
-    """Of these, those whose last layer was not computed to its end, since nobody reads them there."""
 
 
 class Runner:
@@ -118,9 +110,9 @@ class Runner:
         self.tokenizer = tokenizer
         self.cache: KvCache[Generation] = KvCache(decoder.allocate_slots)
         self.num_tokens = 0
-        """Of all answers so far."""
+        """Tokens that went through the decoder."""
         self.num_unread_tokens = 0
-        """Of all answers so far."""
+        """Of these, those whose last layer was not computed to its end, since nobody reads them there."""
         self._new: list[tuple[Generation, list[KeyValues]]] = []
         self._filled: dict[Generation, int] = {}
         # Masks of grammars are filled beside the forward pass; the library lets go of Python's lock.
@@ -155,40 +147,9 @@ class Runner:
                     tokens += len(guess)
         return Batch(items, rows, guesses)
 
-    def parts(self, batch: Batch, count: int) -> list[Batch]:
-        """Return `batch` as at most `count` batches of about as many tokens each; as itself if it is small."""
-        total = sum(map(num_tokens, batch.items)) + sum(
-            len(_unfed(self.cache.blocks[tiles], row)) for tiles, rows in batch.rows.items() for row in rows
-        )
-        count = max(1, min(count, total // _LEAST_TOKENS))
-        if count == 1:
-            return [batch]
-        parts, loads = [Batch([], {}) for _ in range(count)], [0] * count
-        for tiles, rows in batch.rows.items():
-            owners, begin = self.cache.blocks[tiles].owners, rows.start
-            least_first = sorted(range(count), key=loads.__getitem__)
-            for rank, place in enumerate(least_first):
-                own = range(begin, begin + (len(rows) + count - 1 - rank) // count)
-                begin = own.stop
-                if own:
-                    parts[place].rows[tiles] = own
-                guesses = {owners[row]: batch.guesses[owners[row]] for row in own if owners[row] in batch.guesses}
-                parts[place].guesses.update(guesses)
-                loads[place] += len(own) + sum(map(len, guesses.values()))
-        places = {}
-        for index in sorted(range(len(batch.items)), key=lambda index: -num_tokens(batch.items[index])):
-            places[index] = loads.index(min(loads))
-            loads[places[index]] += num_tokens(batch.items[index])
-        for index, item in enumerate(batch.items):
-            parts[places[index]].items.append(item)
-        return [part for part in parts if len(part)]
-
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Answers:
-        """Return the answers of `batch`; nothing is changed that computing it again would not overwrite.
-
-        Several threads may compute, each a batch of its own.
-        """
+        """Return the answers of `batch`; nothing is changed that computing it again would not overwrite."""
         spans = [self._span(item) for item in batch.items]
         blocks = [(self.cache.blocks[tiles], rows) for tiles, rows in batch.rows.items() if rows]
         groups, fed, asked = _decoding(blocks, batch.guesses, sum(span.size for span in spans))
@@ -212,14 +173,10 @@ class Runner:
             started=started,
             fed=fed,
             tokens=dict(zip(asked, tokens, strict=True)),
-            num_tokens=len(step.token_ids),
-            num_unread_tokens=len(step.token_ids) - len(read),
         )
 
     def commit(self, batch: Batch, answers: Answers) -> list[Sequence]:
         """Record `answers`; return the sequences that are finished."""
-        self.num_tokens += answers.num_tokens
-        self.num_unread_tokens += answers.num_unread_tokens
         finished = []
         for item, kept in zip(batch.items, answers.kept, strict=True):
             if isinstance(item, Segment):
@@ -263,18 +220,19 @@ class Runner:
                 return [item]
         return []
 
-    def settle(self, lanes: Lanes) -> None:
+    def settle(self) -> None:
         """Count the step's tokens, and let go of what is finished: call once after every batch of a step."""
         self.cache.advance(self._filled)
         for generation, parts in self._new:
             self.cache.add(generation, parts)
-        self.cache.settle(lanes)
         self._new, self._filled = [], {}
 
     def _forward(
         self, step: Step, read: list[int], samplers: list[SequenceSampler], guesses: list[list[int]]
     ) -> tuple[Tensor, list[Mask | None]]:
         """Return hidden states of the tokens `read`, and masks of grammars as `prepare_masks`, filled meanwhile."""
+        self.num_tokens += len(step.token_ids)
+        self.num_unread_tokens += len(step.token_ids) - len(read)
         masks = self._masks.submit(prepare_masks, samplers, guesses)
         try:
             return self.decoder.forward(step, read), masks.result()

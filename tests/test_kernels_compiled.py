@@ -1,0 +1,41 @@
+"""Compiled loops: what is kept of one on disk is never another, and threads change no bit."""
+
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from kernels import compiled
+from kernels.compiled import both, run
+
+
+def doubled(x: Any, out: Any) -> None:
+    for i in numba.prange(x.size):
+        out[i] = x[i] * 2
+
+
+def test_both_ways_of_a_loop_are_kept_under_their_own_names() -> None:
+    """Numba finds them by name alone, and took the one that is shared out for the one that is not."""
+    names = [loop.py_func.__qualname__ for loop in both(doubled)]  # type: ignore[attr-defined]
+    assert names == ["doubled_alone", "doubled_shared"]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_loop_is_the_same_with_openmp_and_without(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_shared:
+        monkeypatch.setattr(compiled, "_threads", lambda: 0)
+    x, out = np.arange(100_000, dtype=np.float32), np.full(100_000, np.nan, np.float32)
+    run(both(doubled), x.size, x, out)
+    assert np.array_equal(out, x * 2)
+
+
+def test_numba_changes_no_number_of_torchs_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(both(doubled), 2, np.ones(2, np.float32), np.empty(2, np.float32))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
