@@ -1,11 +1,13 @@
 """Compiled loops: what is kept of one on disk is never another, and threads change no bit."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
-import torch
 
 from kernels import compiled
 from kernels.compiled import both, run
@@ -31,11 +33,16 @@ def test_a_loop_is_the_same_with_openmp_and_without(is_shared: bool, monkeypatch
     assert np.array_equal(out, x * 2)
 
 
-def test_numba_changes_no_number_of_torchs_threads() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run(both(doubled), 2, np.ones(2, np.float32), np.empty(2, np.float32))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+_FIRST_LOOP = """
+import torch
+from kernels import rowwise
+torch.set_num_threads(1)
+rowwise.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5)
+print(torch.get_num_threads())
+"""
+
+
+def test_numbas_first_loop_changes_no_number_of_torchs_threads() -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", _FIRST_LOOP], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "1"

@@ -35,8 +35,8 @@ from k2model.flops import token_flops
 from k2model.formats.checkpoint import open_checkpoint
 from k2model.formats.export import ShardWriter
 from k2model.formats.finished import finished_folder
-from k2model.formats.weights import TensorInfo, Weights
-from k2model.parameters import Parameter, parameters
+from k2model.formats.weights import TensorInfo
+from k2model.parameters import parameters
 from kernels import rowwise
 from schemas.errors import SpecError
 
@@ -112,7 +112,7 @@ def cut_experts(
                     layers.append(facts)
                     progress({"layer": len(layers), "of": config.num_hidden_layers, **facts})
                 found = made.get(parameter.name)
-                shard.write(parameter.name, _read(weights, parameter) if found is None else found)
+                shard.write(parameter.name, weights.expanded(parameter) if found is None else found)
     before, after = token_flops(config)["token"], token_flops(new)["token"]
     return {
         "n_shared_experts": options.n_shared_experts,
@@ -222,12 +222,3 @@ def _cut_layer(
         made[f"{name}.{part}.up_proj.weight"] = dense.up[own]
         made[f"{name}.{part}.down_proj.weight"] = down[:, own]
     return made, {"kept": round(share, 4), "load": round(load, 4)}
-
-
-def _read(weights: Weights, parameter: Parameter) -> Tensor:
-    """Return a tensor that stays as it is, in float32."""
-    if parameter.is_linear or parameter.role == "head":
-        return weights.float_weight(parameter.name.removesuffix(".weight"), *parameter.shape).float()
-    if parameter.role == "embedding":
-        return weights.embedding(*parameter.shape).float()
-    return weights.plain(parameter.name, parameter.shape).float()

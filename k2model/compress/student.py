@@ -83,16 +83,8 @@ class Student(nn.Module):
         source = open_checkpoint(name)
         config, weights = source.config(), source.weights()
         weights.check(parameters(config), tied=config.tie_word_embeddings)
-        tensors = {}
-        for parameter in parameters(config):
-            if parameter.is_linear or parameter.role == "head":
-                if parameter.role != "head" or not weights.is_tied:
-                    linear = parameter.name.removesuffix(".weight")
-                    tensors[parameter.name] = weights.float_weight(linear, *parameter.shape).float()
-            elif parameter.role == "embedding":
-                tensors[parameter.name] = weights.embedding(*parameter.shape).float()
-            else:
-                tensors[parameter.name] = weights.plain(parameter.name, parameter.shape).float()
+        stored = (each for each in parameters(config) if each.role != "head" or not weights.is_tied)
+        tensors = {parameter.name: weights.expanded(parameter) for parameter in stored}
         tied = {"tie_word_embeddings": weights.is_tied, "torch_dtype": "float32"}
         return cls({**hub_config(source.config_json()), **tied}, tensors, source)
 

@@ -95,6 +95,15 @@ class Weights:
         table = self.float_weight("model.embed_tokens", vocab_size, hidden_size)
         return table if self.storage("model.embed_tokens") == "float" else table.to(torch.bfloat16)
 
+    def expanded(self, parameter: Parameter) -> Tensor:
+        """Return `parameter` in float32, whatever it is stored as. Raises: CheckpointError."""
+        name, shape = parameter.name, parameter.shape
+        if parameter.role == "embedding":
+            return self.embedding(*shape).float()
+        if parameter.is_linear or parameter.role == "head":
+            return self.float_weight(name.removesuffix(".weight"), *shape).float()
+        return self.plain(name, shape).float()
+
     def vector(self, name: str, size: int) -> Tensor:
         """Return a norm's weight or a bias as float32 [size]."""
         return self.plain(name, (size,)).float()
