@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.threads import in_thread_that_ends
+
 Loop = Callable[..., Any]
 inline = numba.njit(inline="always", error_model="numpy")
 
@@ -80,12 +82,10 @@ def _threads() -> int:
     config: Any = numba.config
     if config.THREADING_LAYER == "default":
         config.THREADING_LAYER = "omp"
-    before = torch.get_num_threads()
-    try:
-        _NOTHING(np.ones(1, np.float32))
+    try:  # not in this thread: numba's first loop sets how many threads OpenMP, and so torch, has in the one that asks
+        in_thread_that_ends(_NOTHING, np.ones(1, np.float32))
     except ValueError:  # of numba: no threading layer could be loaded
         return 0
-    torch.set_num_threads(before)  # numba's first shared loop sets how many threads OpenMP, and so torch, has here
     return numba.get_num_threads()
 
 

@@ -1,5 +1,6 @@
 """Each CPU kernel against its plain twin, on ragged and extreme shapes; and the same row, the same bits."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -398,3 +399,15 @@ def test_the_int8_product_of_this_processor_is_exact_or_not_used() -> None:
     x = torch.full((3, 2048), -127, dtype=torch.int8)
     got = cpu.int8_linear(x, torch.ones(3), -x[:2].clone(), torch.ones(2))
     assert (got == -2048 * 127.0**2).all()
+
+
+def test_one_wait_for_a_core_does_not_choose_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"int8": iter([0.01, 0.05] + [0.0] * 8), "float": iter([0.01] * 10)}
+
+    def taking(way: str, x_int8: Tensor, weight: Tensor) -> Tensor:
+        time.sleep(next(seconds[way]))
+        return reference.int8_matmul(x_int8, weight)
+
+    monkeypatch.setattr(cpu, "_onednn_int8_matmul", partial(taking, "int8"))
+    monkeypatch.setattr(cpu, "_float_int8_matmul", partial(taking, "float"))
+    assert cpu.has_int8_product.__wrapped__()
