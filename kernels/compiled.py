@@ -13,12 +13,26 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba.extending import intrinsic
 from torch import Tensor
 
 from kernels.threads import in_thread_that_ends
 
 Loop = Callable[..., Any]
 inline = numba.njit(inline="always", error_model="numpy")
+
+
+def _as_float32(_: Any, bits: Any) -> Any:
+    """Return the float32 of int32 `bits`, for compiled loops."""
+
+    def generate(context: Any, builder: Any, of: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(numba.float32))
+
+    return numba.float32(numba.int32), generate
+
+
+as_float32: Loop = intrinsic(_as_float32)
+
 
 _SERIAL_VALUES = 32_768
 """Fewer values are not worth waking other threads for."""
