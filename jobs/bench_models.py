@@ -20,7 +20,7 @@ from k2model.compress.recipe import copy_tokenizer
 from k2model.config import ModelConfig
 from k2model.decoder.feed_forward import MixtureOfExperts
 from k2model.decoder.linear import LinearReader
-from k2model.decoder.model import Layer, read_layer
+from k2model.decoder.model import Layer, page_pool, read_layer
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, cache_folder, open_checkpoint
@@ -91,10 +91,10 @@ def _time_step(config: ModelConfig, read: Layer, tokens: int, rounds: int, rates
     moe = read.feed_forward
     assert isinstance(moe, MixtureOfExperts)
     hidden = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens))
-    step = Step([Span((0,) * tokens)])
+    step = Step(page_pool(config, torch.float32), [Span((0,) * tokens)])
     rope = cos_sin(config.rope, inverse_frequencies(config.rope), step.positions)
     normed = rowwise.rms_norm(hidden, read.input_layernorm, read.eps)
-    whole_s = _median(lambda: read.forward(hidden, rope, step, None, torch.float32), rounds)
+    whole_s = _median(lambda: read.forward(hidden, None, rope, step, None, torch.float32), rounds)
     experts_s = _median(lambda: moe.forward(normed), rounds)
     used = len(moe.router.choose(moe.router.logits(normed))[0].unique())
     flops, read_bytes = 0.0, 0.0

@@ -154,16 +154,7 @@ def _prefill_case(model: Model, heads: tuple[int, int, int], tokens: int, device
         starts = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
         ours: Callable[[], object] = lambda: packed_prefill(q, k, v, starts, length, scale)  # noqa: E731
     else:
-        from k2model.decoder.step import TILE
-
-        size = min(length, TILE)
-        hidden = torch.ones(1, size, size, dtype=torch.bool).triu(1)
-        causal = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
-        tiles = [(torch.tensor([[0, size]] * count), causal)] * (length // size)
-        by_tile = batch_q.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).contiguous()
-        ours = lambda: (  # noqa: E731
-            cpu.tiled_attention(by_tile, batch_k, batch_v, tiles, scale).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        )
+        ours = _attended(q.flatten(1), h, k, v, torch.arange(count).repeat_interleave(length), length, scale)
     return Case(
         kernel="prefill attention", model=model.name, shape=f"{count} of {length}, {h}/{g} heads of {head_dim}",
         size=tokens, ours=ours, peer_name="SDPA",
@@ -191,8 +182,7 @@ def _decode_case(model: Model, keys: int, device: str) -> Case:
         lens = torch.full((count,), keys, dtype=torch.int32, device=device)
         ours: Callable[[], object] = lambda: paged_decode(q, paged_k, paged_v, table, lens, scale)  # noqa: E731
     else:
-        seen = torch.zeros(1, 1, 1)
-        ours = lambda: cpu.attention(q[:, :, None], k, v, seen, scale)  # noqa: E731
+        ours = _attended(q.flatten(1), h, _rows(k), _rows(v), torch.arange(count), keys, scale)
     return Case(
         kernel="decode attention", model=model.name, shape=f"{count} x {keys} keys, {h}/{g} heads of {head_dim}",
         size=keys, ours=ours, peer_name="SDPA",
@@ -213,8 +203,8 @@ def _latent_case(model: Model, keys: int, device: str) -> Case:
         paged, lens = latent.view(-1, _PAGE, 576), torch.full((count,), keys, dtype=torch.int32, device=device)
         ours: Callable[[], object] = lambda: mla_decode(q, paged, table, lens, scale)  # noqa: E731
     else:
-        seen = torch.zeros(1, 1, 1)
-        ours = lambda: cpu.attention(q[:, :, None], latent, latent, seen, scale)[..., :512]  # noqa: E731
+        rows = _rows(latent)
+        ours = _attended(q.flatten(1), h, rows, rows[..., :512], torch.arange(count), keys, scale)
     return Case(
         kernel="latent decode attention", model=model.name, shape=f"{count} x {keys} keys, {h} heads", size=keys,
         ours=ours, peer_name="SDPA",
@@ -223,6 +213,34 @@ def _latent_case(model: Model, keys: int, device: str) -> Case:
         ),
         operations=count * h * keys * 2 * (576 + 512), rate=_float_rate(device), bytes=latent.nbytes,
     )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x [B, G, S, D] as rows of tokens [B * S, G, D]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _attended(q: Tensor, h: int, k: Tensor, v: Tensor, owners: Tensor, keys: int, scale: float) -> Callable[[], object]:
+    """Return attention [B, H, L, Dv] of the last queries of each sequence, over `keys` rows of k and v in pages."""
+    from kernels import cpu_attention
+    from kernels.cpu_attention import Places
+
+    sizes, count, (g, d) = (k.shape[2], v.shape[2]), len(k) // keys, k.shape[1:]
+    table = torch.arange(-(-keys // _PAGE) * count).view(count, -1)
+    slots, ends = torch.arange(keys).repeat(count), torch.full((count,), keys)
+    pages = torch.zeros(table.numel(), g, _PAGE, sum(cpu_attention.page_sizes(*sizes)), dtype=k.dtype)
+    every = Places(table, torch.arange(count).repeat_interleave(keys), slots, slots, ends, _PAGE)
+    rows = torch.cat([k.flatten(1), v.flatten(1)], dim=1).float()
+    cpu_attention.store(rows, (0, g * d), sizes, every, pages)
+    last = slots.view(count, keys)[:, -(len(q) // count) :].flatten()
+    places, out = Places(table, owners, last, last, ends, _PAGE), torch.empty(len(q), h * sizes[1])
+    trees = torch.zeros(count, dtype=torch.int64), torch.zeros(1, 0, 0, dtype=torch.bool)
+
+    def attended() -> Tensor:
+        cpu_attention.attend(q, h, pages, sizes, places, trees, scale, out)
+        return out.view(count, -1, h, sizes[1]).transpose(1, 2)
+
+    return attended
 
 
 def _label_case(model: Model, tokens: int, device: str) -> Case:
@@ -246,7 +264,9 @@ def _layer_case(model: Model, heads: tuple[int, int, int], tokens: int) -> Case:
     from k2model.decoder.feed_forward import FeedForward
     from k2model.decoder.linear import Int8Linear
     from k2model.decoder.model import Layer
+    from k2model.decoder.pages import PagePool
     from k2model.decoder.step import Span, Step
+    from kernels.cpu_attention import page_sizes
 
     (h, g, head_dim), d, f = heads, model.hidden_size, model.intermediate_size
     shapes = ((h + 2 * g) * head_dim, d), (d, h * head_dim), (2 * f, d), (d, f)
@@ -258,13 +278,14 @@ def _layer_case(model: Model, heads: tuple[int, int, int], tokens: int) -> Case:
     attention = Attention(config, 0, qkv, o, None, None, None, 1e-5)
     layer = Layer(torch.ones(d), attention, torch.ones(d), FeedForward(gate_up, down), 1e-5)
     length = min(tokens, 128)
-    x, step = _random("cpu", tokens, d), Step([Span((0,) * length)] * (tokens // length))
+    pool = PagePool(1, g, sum(page_sizes(head_dim, head_dim)), torch.float32, torch.device("cpu"))
+    x, step = _random("cpu", tokens, d), Step(pool, [Span((0,) * length)] * (tokens // length))
     rope = _random("cpu", tokens, head_dim // 2), _random("cpu", tokens, head_dim // 2)
     products = [(random_int8("cpu", tokens, k), linear.weight) for linear, (_, k) in
                 zip((qkv, o, gate_up, down), shapes, strict=True)]  # fmt: skip
     return Case(
         kernel="decoder layer", model=model.name, shape=f"{tokens} tokens", size=tokens,
-        ours=lambda: layer.forward(x, rope, step, None, torch.float32),
+        ours=lambda: layer.forward(x, None, rope, step, None, torch.float32),
         peer=lambda: [cpu.int8_matmul(*pair) for pair in products], peer_name="its INT8 products alone",
         operations=sum(2 * tokens * n * k for n, k in shapes), bytes=sum(n * k for n, k in shapes),
     )  # fmt: skip

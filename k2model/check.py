@@ -22,8 +22,7 @@ from k2model.decoder.feed_forward import MixtureOfExperts, Router
 from k2model.decoder.linear import FloatLinear, Linear, LinearReader
 from k2model.decoder.model import Decoder, Layer
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import Span, Step
-from k2model.engine.kv_cache import KvCache
+from k2model.decoder.step import KeyValues, Span
 from k2model.formats.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from k2model.formats.compressed_tensors import unpack_int4
 from k2model.formats.weights import in_memory
@@ -193,9 +192,10 @@ class _WatchedLayer:
     layer: Layer
     hidden: list[Tensor]
 
-    def forward(self, *arguments: Any) -> Tensor:
-        self.hidden.append(self.layer.forward(*arguments))
-        return self.hidden[-1]
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        x, added = self.layer.forward(*arguments)
+        self.hidden.append(x + added)
+        return x, added
 
 
 @dataclass(slots=True)
@@ -230,16 +230,16 @@ def _watched(decoder: Decoder) -> tuple[Decoder, list[Tensor], dict[int, tuple[T
 def _ragged(decoder: Decoder, reference: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits [sum T, V] and final hidden states of all sequences, packed into one step."""
     lengths = [end - start for start, end in itertools.pairwise(reference["ragged.cu_seqlens"].tolist())]
-    step = Step([Span(tuple(ids.tolist())) for ids in reference["ragged.input_ids"].split(lengths)])
-    hidden = step.in_given_order(decoder.forward(step))
+    step = decoder.step([Span(tuple(ids.tolist())) for ids in reference["ragged.input_ids"].split(lengths)])
+    hidden = decoder.forward(step)
     return decoder.logits(hidden), hidden
 
 
 def _padded(decoder: Decoder, reference: dict[str, Tensor], side: str) -> Tensor:
-    """Return the logits [sum T, V] of a padded batch's own tokens; attention pads them to whole tiles of its own."""
+    """Return the logits [sum T, V] of a padded batch's own tokens, which the decoder packs."""
     ids, mask = reference[f"{side}.input_ids"], reference[f"{side}.attention_mask"].bool()
-    step = Step([Span(tuple(row[kept].tolist())) for row, kept in zip(ids, mask, strict=True)])
-    return decoder.logits(step.in_given_order(decoder.forward(step)))
+    step = decoder.step([Span(tuple(row[kept].tolist())) for row, kept in zip(ids, mask, strict=True)])
+    return decoder.logits(decoder.forward(step))
 
 
 def _greedy(decoder: Decoder, reference: dict[str, Tensor]) -> Tensor:
@@ -254,20 +254,14 @@ def forced_logits(decoder: Decoder, prompts: list[list[int]], answers: list[list
 
     Where the best of them is the answer's token at every step, greedy decoding gives that answer.
     """
-    kept = [decoder.allocate(0, len(ids)) for ids in prompts]
-    step = Step([Span(tuple(ids), keep=kv) for ids, kv in zip(prompts, kept, strict=True)])
+    kept = [KeyValues(len(ids)) for ids in prompts]
+    step = decoder.step([Span(tuple(ids), keep=kv) for ids, kv in zip(prompts, kept, strict=True)])
     hidden = decoder.forward(step)
     logits = [decoder.logits(torch.stack([hidden[rows.stop - 1] for rows in step.rows]))]
-    cache = KvCache[int](decoder.allocate_slots)
-    for index, kv in enumerate(kept):
-        cache.add(index, [kv])
     for tokens in list(zip(*answers, strict=True))[:-1]:
-        blocks = list(cache.blocks.values())
-        owners = [index for block in blocks for index in block.owners]
-        fed = [(block.group(range(len(block.owners))), [tokens[i] for i in block.owners]) for block in blocks]
-        hidden = decoder.forward(Step([], fed))
-        logits.append(decoder.logits(hidden[torch.tensor(owners).argsort()]))
-        cache.advance(dict.fromkeys(owners, 1))
+        step = decoder.step([Span((token,), kv, decodes=True) for token, kv in zip(tokens, kept, strict=True)])
+        logits.append(decoder.logits(decoder.forward(step)))
+        kept = [KeyValues(kv.end + 1, kv.pages) for kv in kept]
     return torch.stack(logits, dim=1)
 
 

@@ -1,21 +1,19 @@
-"""The CPU's products and attention: a result row depends on its own input row alone, to the bit, whatever is beside it.
+"""The CPU's products: a result row depends on its own input row alone, to the bit, whatever is beside it.
 
-What is done to rows between products is in kernels/rowwise.py.
+What is done to rows between products is in kernels/rowwise.py, attention in kernels/cpu_attention.py.
 
-Legend: T tokens, K in features, N out features, D head size, B sequences, H heads, G key-value heads, L queries,
-S keys, V vocabulary, C tokens asked for, E experts, A experts per token.
+Legend: T tokens, K in features, N out features, D head size, H heads, V vocabulary, C tokens asked for.
 Each has its plain twin of the same name in kernels/reference.py.
 """
 
 import functools
 import math
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kernels import attention_rows, rowwise
+from kernels import rowwise
 
 MAX_IN_FEATURES = (2**31 - 1) // 127**2
 """The widest int8 dot product that cannot overflow int32: 133,152 columns of ±127."""
@@ -219,89 +217,6 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> T
     """
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), packed, group_size, scales)
     return y.float()
-
-
-def product_dtype(stored: torch.dtype) -> torch.dtype:
-    """Return the dtype in which attention multiplies keys and values that are kept as `stored`.
-
-    Bfloat16 where oneDNN has that product, at 3.5 times float32's rate: queries, scores, weights and results are then
-    rounded to it, too, and sums are float32 as ever. Of SmolLM2 in float32 the label distributions of 160 tickets move
-    by a divergence of 1.8e-5 for it; by its INT8 weights and activations, 1.9e-3.
-    """
-    return torch.bfloat16 if stored == torch.bfloat16 and has_bfloat16_product() else torch.float32
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    scale: float,
-    sinks: Tensor | None = None,
-    rows: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return softmax(q kᵀ scale + bias) v as [B, H, L, Dv].
-
-    Query heads that read one key-value head are stacked as rows of one product, so a row's bits depend on L and S, and
-    on nothing else.
-
-    Args:
-        q: [B, H, L, D] float32 or bfloat16, contiguous.
-        k: [B, G, S, D] of q's dtype; a view into longer memory will do.
-        v: [B, G, S, Dv], likewise.
-        bias: [B or 1, L, W] float32, for the last W keys; each query sees at least one key.
-        scale: multiplies the scores.
-        sinks: [H], one more score per head, which takes its share of the softmax and adds nothing.
-        rows: [B, 2] int64, the queries that count: from the first to before the second. The others' result is
-            undefined, and finite if scores and values are. None for all.
-        out: where to write the result, contiguous.
-    """
-    batch, heads, length, head_dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    stacked = (batch * kv_heads, heads // kv_heads * length)
-    scores = torch.bmm(q.view(*stacked, head_dim), k.flatten(0, 1).transpose(1, 2))
-    counted = torch.tensor([[0, length]] * batch) if rows is None else rows
-    attention_rows.softmax_(scores.view(batch, heads, length, keys), bias, counted, sinks, scale)
-    if out is None:
-        out = q.new_empty(batch, heads, length, v.shape[3])
-    torch.bmm(scores, v.flatten(0, 1), out=out.view(*stacked, v.shape[3]))
-    return out
-
-
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Sequence[tuple[Tensor, Tensor]],
-    scale: float,
-    sinks: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return [tiles, B, H, L, Dv]: queries tile by tile, each over the keys up to its end.
-
-    A tile's products have one shape whatever stands beside it, so a row's bits depend on its slot alone.
-
-    Args:
-        q: [tiles, B, H, L, D] float32 or bfloat16, contiguous; the last tile of queries stands beside the last keys.
-        k: [B, G, S, D] of q's dtype.
-        v: [B, G, S, Dv], likewise.
-        tiles: for each, the queries that count of the first sequences [count, 2], as `rows` of `attention`, and their
-            bias; the rest is undefined.
-        scale: multiplies the scores.
-        sinks: [H], as for `attention`.
-        out: where to write the result, contiguous.
-    """
-    length = q.shape[3]
-    if out is None:
-        out = q.new_empty(*q.shape[:4], v.shape[3])
-    for index, (rows, bias) in enumerate(tiles):
-        if not (rows[:, 0] < rows[:, 1]).any():
-            continue
-        count, end = len(rows), k.shape[2] - (len(tiles) - 1 - index) * length
-        own_k, own_v = k[:count, :, :end], v[:count, :, :end]
-        attention(q[index, :count], own_k, own_v, bias, scale, sinks, rows, out[index, :count])
-    return out
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:

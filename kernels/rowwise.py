@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.compiled import both, inline, run
+from kernels.compiled import as_float32, both, inline, memory, run
 
 _ROWS = 16
 """Rows that share what they are computed in: to allocate it takes a third as long as to norm a row of 576."""
@@ -58,30 +58,29 @@ def _quantize(row: Any, out: Any, scale: Any) -> None:
 
 
 @inline
-def exp_parts(x: Any) -> Any:
-    """Return (a, bits) for float32 `x` in [-87, 87]: exp(x) is `a` times the float32 of int32 `bits`."""
+def exp(x: Any) -> Any:
+    """Return e to the power of float32 `x` in [-87, 87]."""
     whole = (x * _LOG2_E + _ROUNDER) - _ROUNDER
     r = (x - whole * _LN_2_HIGH) - whole * _LN_2_LOW
     poly = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    return (poly * (r * r) + r) + _ONE, (np.int32(whole) + _EXPONENT_BIAS) << _EXPONENT_SHIFT
+    power: Any = as_float32((np.int32(whole) + _EXPONENT_BIAS) << _EXPONENT_SHIFT)
+    return ((poly * (r * r) + r) + _ONE) * power
 
 
 @inline
-def gate_row(row: Any, gain: Any, limit: Any, out: Any, powers: Any) -> None:
-    """Write gate * sigmoid(gain * gate) * up of `row` [2 F] into `out` [F]; clamped in place where `limit` is above 0.
+def gate_row(row: Any, gain: Any, limit: Any, out: Any) -> None:
+    """Write gate * sigmoid(gain * gate) * up of `row` [2 F] into `out` [F].
 
-    `powers` [F] int32 is room to compute in.
+    `row` is clamped in place where `limit` is above 0.
     """
     half = out.size
     if limit > _ZERO:
         for i in range(half):
             row[i] = min(row[i], limit)
             row[half + i] = min(max(row[half + i], -limit), limit) + _ONE
-    scale = powers.view(np.float32)
     for i in range(half):
-        out[i], powers[i] = exp_parts(min(max(-gain * row[i], -FARTHEST), FARTHEST))
-    for i in range(half):
-        out[i] = (row[i] / (_ONE + out[i] * scale[i])) * row[half + i]
+        away = exp(min(max(-gain * row[i], -FARTHEST), FARTHEST))
+        out[i] = (row[i] / (_ONE + away)) * row[half + i]
 
 
 @inline
@@ -109,6 +108,23 @@ def _norm(row: Any, weight: Any, eps: Any, out: Any) -> None:
         out[i] = (row[i] * share) * weight[i]
 
 
+@inline
+def rotate_row(row: Any, cos: Any, sin: Any, heads: Any) -> None:
+    """Rotate the first `heads` heads of float32 `row` in place; cos, sin [D / 2]."""
+    half = cos.size
+    for h in range(heads):
+        low, high = h * 2 * half, (h * 2 + 1) * half
+        for i in range(half):
+            first, second = row[low + i], row[high + i]
+            row[low + i] = first * cos[i] - second * sin[i]
+            row[high + i] = second * cos[i] + first * sin[i]
+
+
+def _rotate(x: Any, cos: Any, sin: Any, heads: Any) -> None:
+    for t in numba.prange(x.shape[0]):
+        rotate_row(x[t], cos[t], sin[t], heads)
+
+
 def _quantize_rows(x: Any, out: Any, scales: Any) -> None:
     for t in numba.prange(x.shape[0]):
         _quantize(x[t], out[t], scales[t : t + 1])
@@ -134,22 +150,21 @@ def _rms_norm_quantize(x: Any, residual: Any, weight: Any, eps: Any, total: Any,
 
 def _swiglu(gate_up: Any, gain: Any, limit: Any, out: Any) -> None:
     for block in numba.prange((gate_up.shape[0] + _ROWS - 1) // _ROWS):
-        row, powers = np.empty(gate_up.shape[1], np.float32), np.empty(out.shape[1], np.int32)
+        row = np.empty(gate_up.shape[1], np.float32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, gate_up.shape[0])):
             for i in range(gate_up.shape[1]):
                 row[i] = gate_up[t, i]
-            gate_row(row, gain, limit, out[t], powers)
+            gate_row(row, gain, limit, out[t])
 
 
 def _swiglu_quantize(gate_up: Any, gain: Any, limit: Any, out: Any, scales: Any) -> None:
     half = out.shape[1]
     for block in numba.prange((gate_up.shape[0] + _ROWS - 1) // _ROWS):
-        row, powers = np.empty(2 * half, np.float32), np.empty(half, np.int32)
-        gated = np.empty(half, np.float32)
+        row, gated = np.empty(2 * half, np.float32), np.empty(half, np.float32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, gate_up.shape[0])):
             for i in range(gate_up.shape[1]):
                 row[i] = gate_up[t, i]
-            gate_row(row, gain, limit, gated, powers)
+            gate_row(row, gain, limit, gated)
             _quantize(gated, out[t], scales[t : t + 1])
 
 
@@ -158,15 +173,14 @@ def _scaled_swiglu_quantize(
 ) -> None:
     half = out.shape[1]
     for block in numba.prange((products.shape[0] + _ROWS - 1) // _ROWS):
-        row, powers = np.empty(2 * half, np.float32), np.empty(half, np.int32)
-        gated = np.empty(half, np.float32)
+        row, gated = np.empty(2 * half, np.float32), np.empty(half, np.float32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, products.shape[0])):
             scale = x_scale[t]
             for i in range(2 * half):
                 row[i] = (np.float32(products[t, i]) * scale) * weight_scale[i]
             for i in range(bias.size):
                 row[i] += bias[i]
-            gate_row(row, gain, limit, gated, powers)
+            gate_row(row, gain, limit, gated)
             _quantize(gated, out[t], scales[t : t + 1])
 
 
@@ -184,6 +198,7 @@ def _scale(products: Any, x_scale: Any, weight_scale: Any, bias: Any) -> None:
 
 _QUANTIZE_ROWS, _RMS_NORM, _RMS_NORM_QUANTIZE = both(_quantize_rows), both(_rms_norm), both(_rms_norm_quantize)
 _SWIGLU, _SWIGLU_QUANTIZE, _SCALE = both(_swiglu), both(_swiglu_quantize), both(_scale)
+_ROTATE = both(_rotate)
 _SCALED_SWIGLU_QUANTIZE = both(_scaled_swiglu_quantize)
 
 _NOTHING = np.empty(0, np.float32)
@@ -236,6 +251,14 @@ def rms_norm_quantize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 def _gain_and_limit(alpha: float | None, limit: float | None) -> tuple[np.float32, np.float32]:
     """Return them as kernels take them: no limit is 0."""
     return (_ONE, _ZERO) if alpha is None or limit is None else (np.float32(alpha), np.float32(limit))
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """Rotate the first `heads` heads of `x` [T, *] float32, each [D], by position; cos, sin [T, D / 2].
+
+    As `apply_rope` of kernels/cpu.py, to the bit. Source: arXiv 2104.09864.
+    """
+    run(_ROTATE, len(x) * heads * 2 * cos.shape[1], memory(x), memory(cos), memory(sin), heads)
 
 
 def swiglu(gate_up: Tensor, alpha: float | None = None, limit: float | None = None) -> Tensor:

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention_rows import rotate_row
 from kernels.compiled import both, inline, memory, narrow, run, widen
-from kernels.rowwise import FARTHEST, exp_parts, gate_row, sum_by_halves
+from kernels.rowwise import FARTHEST, exp, gate_row, rotate_row, sum_by_halves
 
 _ROWS = 16
 """Rows that share what they are computed in."""
@@ -47,21 +46,18 @@ def _swiglu(gate_up: Any, out: Any) -> None:
     half = out.shape[1]
     for block in numba.prange((out.shape[0] + _ROWS - 1) // _ROWS):
         row, gated = np.empty(2 * half, np.float32), np.empty(half, np.float32)
-        powers = np.empty(half, np.int32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, out.shape[0])):
             widen(gate_up[t], row)
-            gate_row(row, _ONE, _ZERO, gated, powers)
+            gate_row(row, _ONE, _ZERO, gated)
             narrow(gated, out[t])
 
 
 @inline
-def _gate_gradient(gate_up: Any, grad: Any, parts: Any, powers: Any) -> None:
-    """Overwrite float32 `gate_up` [2 F] with the gradient; `parts`, `powers` [F] are room to compute in."""
-    half, scale = grad.size, powers.view(np.float32)
+def _gate_gradient(gate_up: Any, grad: Any) -> None:
+    """Overwrite float32 `gate_up` [2 F] with the gradient."""
+    half = grad.size
     for i in range(half):
-        parts[i], powers[i] = exp_parts(min(max(-gate_up[i], -FARTHEST), FARTHEST))
-    for i in range(half):
-        share = _ONE / (_ONE + parts[i] * scale[i])
+        share = _ONE / (_ONE + exp(min(max(-gate_up[i], -FARTHEST), FARTHEST)))
         silu, up = gate_up[i] * share, gate_up[half + i]
         gate_up[i] = (grad[i] * up) * (share + silu * (_ONE - share))
         gate_up[half + i] = grad[i] * silu
@@ -70,22 +66,20 @@ def _gate_gradient(gate_up: Any, grad: Any, parts: Any, powers: Any) -> None:
 def _swiglu_gradient_float32(gate_up: Any, grad: Any, out: Any) -> None:
     half = grad.shape[1]
     for block in numba.prange((grad.shape[0] + _ROWS - 1) // _ROWS):
-        parts, powers = np.empty(half, np.float32), np.empty(half, np.int32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, grad.shape[0])):
             for i in range(2 * half):
                 out[t, i] = gate_up[t, i]
-            _gate_gradient(out[t], grad[t], parts, powers)
+            _gate_gradient(out[t], grad[t])
 
 
 def _swiglu_gradient_bfloat16(gate_up: Any, grad: Any, out: Any) -> None:
     half = grad.shape[1]
     for block in numba.prange((grad.shape[0] + _ROWS - 1) // _ROWS):
         row, wide = np.empty(2 * half, np.float32), np.empty(half, np.float32)
-        parts, powers = np.empty(half, np.float32), np.empty(half, np.int32)
         for t in range(block * _ROWS, min((block + 1) * _ROWS, grad.shape[0])):
             widen(gate_up[t], row)
             widen(grad[t], wide)
-            _gate_gradient(row, wide, parts, powers)
+            _gate_gradient(row, wide)
             narrow(row, out[t])
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import library
 
 from k2model.compress.recipe import prepare_int8
-from k2model.decoder.model import Decoder, kv_shape
-from k2model.decoder.paged import PagePool
+from k2model.decoder.model import Decoder, page_pool
 from k2model.decoder.precision import PRECISIONS, Precision
 from k2model.formats.checkpoint import open_checkpoint
 from kernels import float_gemm, label_score, norm, ops, quantize, routing
@@ -63,6 +62,5 @@ def card_decoder(folder: Path, precision: Precision = PRECISIONS["fp32"], page: 
     """Return the decoder of a checkpoint as it is on a card, with small pages."""
     source = open_checkpoint(str(folder)) if precision.expand else prepare_int8(str(folder))
     decoder = Decoder.from_weights(source.config(), source.weights(), precision, CARD)
-    parts, kv_heads, width = kv_shape(decoder.config)
-    decoder.pool = PagePool(len(decoder.layers), kv_heads, parts * width, precision.key_values, CARD, page)
+    decoder.pool = page_pool(decoder.config, precision.key_values, CARD, page)
     return decoder

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import Span, Step
+from k2model.decoder.step import Span
 from k2model.formats.checkpoint import open_checkpoint
 
 
@@ -27,8 +27,7 @@ def stored_decoder(folder: Path) -> Decoder:
 @torch.inference_mode()
 def packed_hidden(decoder: Decoder, prompts: list[list[int]]) -> Tensor:
     """Return the hidden states [sum T, D] of all sequences packed into one step."""
-    step = Step([Span(tuple(ids)) for ids in prompts])
-    return step.in_given_order(decoder.forward(step))
+    return decoder.forward(decoder.step([Span(tuple(ids)) for ids in prompts]))
 
 
 @torch.inference_mode()

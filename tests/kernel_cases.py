@@ -84,11 +84,6 @@ def assert_attention_code(cases: list[aot.Case]) -> None:
         assert code.faults(case.capability, product, "LDGSTS") == [], (case.constants, code)
 
 
-def bias_of(visible: Tensor) -> Tensor:
-    """Return what is added to scores [1, L, S] where each query sees the keys `visible` [L, S] alone."""
-    return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[None]
-
-
 def route_on_card(
     logits: Tensor, correction_bias: Tensor | None, num_experts_per_tok: int, **config: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from jobs import bench_models
 from jobs.cli import main
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import Span, Step
+from k2model.decoder.step import Span
 from k2model.formats.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
 
@@ -21,9 +21,9 @@ def write_fixture(folder: Path) -> Path:
     checkpoint = open_checkpoint(str(write_checkpoint(folder, family="deepseek_v3")))
     decoder = Decoder.from_weights(checkpoint.config(), checkpoint.weights(), PRECISIONS["fp32"])
     ids = torch.arange(40, 52)
-    step = Step([Span(tuple(range(40, 48))), Span(tuple(range(48, 52)))])
+    step = decoder.step([Span(tuple(range(40, 48))), Span(tuple(range(48, 52)))])
     with torch.inference_mode():
-        hidden = step.in_given_order(decoder.forward(step))
+        hidden = decoder.forward(step)
         states = {f"seq0.hidden.{len(decoder.layers)}": hidden[:8].clone(), "ragged.logits": decoder.logits(hidden)}
     reference = {"ragged.input_ids": ids, "ragged.cu_seqlens": torch.tensor([0, 8, 12]), **states}
     save_file(reference, folder / "reference.safetensors")

@@ -14,7 +14,7 @@ from k2model.decoder.mla import LatentAttention
 from k2model.decoder.model import Decoder
 from k2model.decoder.precision import PRECISIONS
 from k2model.decoder.rope import cos_sin, deinterleaved, inverse_frequencies
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
+from k2model.decoder.step import KeyValues, Span
 from k2model.formats.weights import in_memory
 from kernels import cpu
 from tests.checkpoints import config_json, random_tensors
@@ -36,33 +36,29 @@ LATENTS = [
 @pytest.mark.parametrize("options", LATENTS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_absorbed_attention_is_expanded_attention(options: dict[str, Any], count: int) -> None:
-    """The last token of sequences, read after the others' latents were cached, against all of them read at once."""
+    """The last token of sequences, read after the others' latents were kept, against all of them read at once.
+
+    Nothing is read that the sequences themselves did not store.
+    """
     raw = config_json("deepseek_v3", **options)
-    config, length = ModelConfig.from_dict(raw, "test"), 11
-    attention = decoder_of(raw).layers[0].attention
+    decoder, length = decoder_of(raw), 11
+    config, attention = decoder.config, decoder.layers[0].attention
     assert isinstance(attention, LatentAttention)
-    attention = replace(attention, layer=0)
+    decoder.pool.give(decoder.pool.take(1))
+    decoder.pool.layers[0].fill_(float("nan"))
     x = torch.randn(count, length, 48, generator=torch.Generator().manual_seed(1))
     cos, sin = cos_sin(config.rope, inverse_frequencies(config.rope), torch.arange(length))
 
-    def run(tokens: slice, step: Step) -> Tensor:
+    def run(tokens: slice, spans: list[Span]) -> Tensor:
         own = x[:, tokens].reshape(-1, 48)
         rope = (cos[tokens].repeat(count, 1), sin[tokens].repeat(count, 1))
-        return attention.forward(own, rope, step, None, torch.float32).view(count, -1, 48)
-
-    def empty(*shape: int) -> Tensor:
-        width = attention.config.kv_lora_rank + attention.config.qk_rope_head_dim
-        return torch.full((*shape, width), float("nan"))
+        return attention.forward(own, rope, decoder.step(spans), None, torch.float32).view(count, -1, 48)
 
     with torch.inference_mode():
-        whole = run(slice(None), Step([Span((0,) * length)] * count))
-        kept = [KeyValues(empty(1, 1, 1, 10), 0) for _ in range(count)]
-        first = run(slice(0, 10), Step([Span((0,) * 10, keep=kv) for kv in kept]))
-        slots = Slots(empty(1, 1, count, 1, DECODE_TILE))
-        for row, kv in enumerate(kept):
-            assert kv.layers[0].isfinite().all()
-            slots.fill(row, [kv])
-        last = run(slice(10, 11), Step([], [(DecodeGroup(slots, torch.tensor([10] * count)), [0] * count)]))
+        whole = run(slice(None), [Span((0,) * length)] * count)
+        kept = [KeyValues(10) for _ in range(count)]
+        first = run(slice(0, 10), [Span((0,) * 10, keep=kv) for kv in kept])
+        last = run(slice(10, 11), [Span((0,), kv, decodes=True) for kv in kept])
     torch.testing.assert_close(first, whole[:, :10], rtol=0, atol=1e-5)
     torch.testing.assert_close(last, whole[:, 10:], rtol=0, atol=1e-5)
 
@@ -107,7 +103,8 @@ def test_latent_attention_is_what_the_paper_says() -> None:
     decoder = decoder_of(raw, tensors)
     rope = cos_sin(decoder.config.rope, decoder.frequencies, torch.arange(9))
     with torch.inference_mode():
-        got = decoder.layers[0].attention.forward(x, rope, Step([Span((0,) * 9)]), None, torch.float32)
+        step = decoder.step([Span((0,) * 9)])
+        got = decoder.layers[0].attention.forward(x, rope, step, None, torch.float32)
     torch.testing.assert_close(got, naive_latent_attention(raw, tensors, x), rtol=0, atol=1e-5)
 
 
@@ -139,7 +136,7 @@ def test_a_token_depends_on_exactly_what_its_windows_reach(family: str) -> None:
 def test_a_sink_of_each_head_weakens_that_head_alone() -> None:
     raw = config_json("gpt_oss", num_attention_heads=4, num_key_value_heads=2)
     tensors = random_tensors(raw)
-    x, step = torch.randn(6, 48), Step([Span((0,) * 6)])
+    x = torch.randn(6, 48)
     out = {}
     with torch.inference_mode():
         for which in (None, 0, 3):
@@ -151,6 +148,7 @@ def test_a_sink_of_each_head_weakens_that_head_alone() -> None:
             assert isinstance(attention, Attention)
             attention = replace(attention, o_proj=FloatLinear(torch.eye(64)))
             rope = cos_sin(decoder.config.rope, decoder.frequencies, torch.arange(6))
+            step = decoder.step([Span((0,) * 6)])
             out[which] = attention.forward(x, rope, step, None, torch.float32).view(6, 4, 16)
     for which in (0, 3):
         others = [head for head in range(4) if head != which]

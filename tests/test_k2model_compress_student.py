@@ -214,9 +214,12 @@ def test_forks_are_known_by_identity_so_that_they_are_made_once() -> None:
     assert isinstance(whole_tree(tree), Forks)
 
 
-@pytest.mark.parametrize("prefix_tokens", [0, 40, 70])
-def test_attention_at_once_is_attention_by_tiles(prefix_tokens: int, tmp_path: Path) -> None:
-    """Only bfloat16 keeps them apart: a result is a mean of values, each rounded a few times."""
+@pytest.mark.parametrize("window", [None, 7, 50])
+@pytest.mark.parametrize("prefix_tokens", [0, 40, 64, 70])
+def test_the_engines_attention_is_torchs_and_so_is_its_gradient(
+    prefix_tokens: int, window: int | None, tmp_path: Path
+) -> None:
+    """Near in float32, with and without a window; in bfloat16 by the roundings of values and weights."""
     student = Student.open(str(write_checkpoint(tmp_path / "source")))
     prefix, rng = tuple(range(prefix_tokens)), random.Random(5)
     bodies = [tuple(rng.randrange(256) for _ in range(n)) for n in (1, 3, 30, 31, 64, 100)]
@@ -224,13 +227,18 @@ def test_attention_at_once_is_attention_by_tiles(prefix_tokens: int, tmp_path: P
     packed = Packed(asked, [whole_tree(asked.tree)] * len(bodies), torch.device("cpu"))
     config = student.config.attention
     assert isinstance(config, AttentionConfig)
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     tokens, width = len(packed.token_ids), config.head_dim
-    q = torch.randn(tokens, config.num_attention_heads, width)
-    kv = torch.randn(tokens, config.num_key_value_heads, 2 * width)
-    for group in packed.groups:
-        exact, found = group.attend(q, kv, config, None, torch.float32), group.attend_at_once(q, kv, config, None)
-        assert exact.shape == found.shape
-        assert (exact - found).abs().max() < 5 * 2**-8 * kv.abs().max()
-        assert (exact - found).abs().max() > 0  # it is another way
-        assert torch.equal(group.attend_at_once(q, kv, config, 7), group.attend(q, kv, config, 7, torch.bfloat16))
+    q = torch.randn(tokens, config.num_attention_heads, width, generator=generator).requires_grad_()
+    kv = torch.randn(tokens, config.num_key_value_heads, 2 * width, generator=generator).requires_grad_()
+    right, largest = packed.attend_in_torch(q, kv, config, window), kv.detach().abs().max()
+    found = packed.attend(q, kv, config, window, torch.float32)
+    # A mean of at most 180 values, whose roundings grow as their root, with weights off by those of scores: some 10, of
+    # 8 products.
+    torch.testing.assert_close(found, right, rtol=0, atol=float(largest) * (180**0.5 + 10 * 8**0.5) * 2**-24)
+    grad = torch.randn(found.shape, generator=generator)
+    gradients = (torch.autograd.grad(y, (q, kv), grad) for y in (found, right))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+    in_torch = packed.attend_in_torch(q.bfloat16(), kv.bfloat16(), config, window)
+    for rounded in (in_torch.float(), packed.attend(q, kv, config, window, torch.bfloat16)):
+        assert 0 < (rounded - right).abs().max() < 5 * 2**-8 * largest  # queries, keys, weights, values and the result

@@ -63,7 +63,9 @@ def test_it_answers_as_the_engine_does_in_int8_to_the_bit(cut: Path) -> None:
     exact = engine_logprobs(cut, asked, "fp32")
     assert (student(asked) - exact).abs().max() < 1e-5
     student.product = bfloat16_product
-    assert 0 < (student(asked) - exact).abs().max() < 0.1
+    # Two layers of four linears in a row, and the head, each off by up to √2 2**-8 of its norm where errors are
+    # independent; answers are sums of differences of logits.
+    assert 0 < (student(asked) - exact).norm() / exact.norm() < (2 * 4 + 1) * 2**0.5 * 2**-8
     student.product = int8_product
     assert torch.equal(student(asked), engine_logprobs(exported_from(cut), asked, "int8"))
 

@@ -14,9 +14,10 @@ from k2model.check import forced_logits
 from k2model.compress.quantize import quantize_weight
 from k2model.config import ModelConfig
 from k2model.decoder.linear import FloatLinear, Int4Linear, Int8Linear, LinearReader
-from k2model.decoder.model import Decoder
+from k2model.decoder.model import Decoder, page_pool
+from k2model.decoder.pages import PAGE
 from k2model.decoder.precision import PRECISIONS
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, Span, Step
+from k2model.decoder.step import KeyValues, Span
 from k2model.formats.compressed_tensors import pack_int4
 from k2model.formats.weights import in_memory
 from k2model.parameters import Parameter, parameters
@@ -63,18 +64,16 @@ def test_packed_sequences_are_each_sequence_alone(decoders: dict[str, Decoder], 
 def test_what_is_read_has_the_bits_it_has_among_all_and_everything_is_kept(
     decoders: dict[str, Decoder], family: str, read: list[int]
 ) -> None:
-    decoder, found = decoders[family], []
+    found = []
     for rows in (None, read):
-        kept = [decoder.allocate(0, len(ids)) for ids in PROMPTS]
-        for kv in kept:
-            kv.layers.fill_(float("nan"))
-        step = Step([Span(tuple(ids), keep=kv) for ids, kv in zip(PROMPTS, kept, strict=True)])
+        decoder = replace(decoders[family], pool=page_pool(decoders[family].config, torch.float32))
+        step = decoder.step([Span(tuple(ids)) for ids in PROMPTS])
         with torch.inference_mode():
-            found.append((decoder.forward(step, rows), kept))
+            found.append((decoder.forward(step, rows), decoder.pool.layers))
     (whole, expected), (some, kept) = found
     assert torch.equal(some, whole[read])
     for own, all_of_it in zip(kept, expected, strict=True):
-        assert torch.equal(own.layers, all_of_it.layers)
+        assert torch.equal(own, all_of_it)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,30 +90,37 @@ def test_decoding_with_a_cache_is_reading_the_whole(decoders: dict[str, Decoder]
 def test_a_shared_prefix_gives_what_the_whole_prompt_gives(
     decoders: dict[str, Decoder], family: str, split: int
 ) -> None:
-    """Three sequences behind one prefix, then a token more of each from the cache that took the prefix over."""
+    """Three sequences behind one prefix, then a token more of each."""
     decoder, length = decoders[family], 17
     tails = [PROMPTS[0][split:], [5] * (length - split), list(range(90, 90 + length - split))]
     with torch.inference_mode():
         whole = [decoder.forward_one([*PROMPTS[0][:split], *tail, 11]) for tail in tails]
-        prefix = decoder.allocate(0, split)
-        decoder.forward(Step([Span(tuple(PROMPTS[0][:split]), keep=prefix)]))
-        kept = [decoder.allocate(split, length - split) for _ in tails]
-        rest = Step([Span(tuple(tail), (prefix,), keep=kv) for tail, kv in zip(tails, kept, strict=True)])
-        hidden = rest.in_given_order(decoder.forward(rest))
-        slots = decoder.allocate_slots(3, 1)
-        for row, kv in enumerate(kept):
-            slots.fill(row, [prefix, kv])
-        after = decoder.forward(Step([], [(DecodeGroup(slots, torch.tensor([length] * 3)), [11] * 3)]))
+        prefix = KeyValues(split)
+        decoder.forward(decoder.step([Span(tuple(PROMPTS[0][:split]), keep=prefix)]))
+        kept = [KeyValues(length) for _ in tails]
+        hidden = decoder.forward(
+            decoder.step([Span(tuple(tail), prefix, keep=kv) for tail, kv in zip(tails, kept, strict=True)])
+        )
+        after = decoder.forward(decoder.step([Span((11,), kv, decodes=True) for kv in kept]))
     torch.testing.assert_close(hidden, torch.cat([w[split:length] for w in whole]), rtol=0, atol=3e-5)
     torch.testing.assert_close(after, torch.stack([w[-1] for w in whole]), rtol=0, atol=3e-5)
 
 
-def test_the_latent_cache_is_one_row_a_token() -> None:
-    raw = config_json("deepseek_v3")
-    decoder = decoder_of(raw, random_tensors(raw))
-    assert [tuple(layer.shape) for layer in decoder.allocate(5, 10).layers] == [(1, 1, 10, 32 + 8)] * 2
-    slots = decoder.allocate_slots(3, 2)
-    assert [tuple(layer.shape) for layer in slots.layers] == [(1, 3, 1, 2 * DECODE_TILE, 32 + 8)] * 2
+@pytest.mark.parametrize(
+    ("family", "on_cpu", "on_card"),
+    [
+        ("llama", (2, PAGE, 8 + 16), (2, PAGE, 8 + 8)),  # on the CPU values take whole vectors of 16
+        ("deepseek_v3", (1, PAGE, 32 + 8 + 32), (1, PAGE, 32 + 8)),  # where the latent stands as key and as value
+    ],
+)
+def test_pages_hold_keys_and_values_or_one_latent_a_token(
+    family: str, on_cpu: tuple[int, ...], on_card: tuple[int, ...]
+) -> None:
+    config = ModelConfig.from_dict(config_json(family), "test")
+    for card, shape in ((None, on_cpu), (torch.device("cpu"), on_card)):
+        pool = page_pool(config, torch.bfloat16, card)
+        assert [tuple(layer.shape) for layer in pool.layers] == [(0, *shape)] * 2
+        assert pool.slot_bytes == 2 * 2 * shape[0] * shape[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -382,7 +382,7 @@ def test_a_defect_of_the_engine_leaves_nobody_waiting(engine: Engine, monkeypatc
         both_wait.wait(10)
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("k2model.engine.kv_cache.KvCache.advance", die)
+    monkeypatch.setattr("k2model.engine.runner.Runner.settle", die)
     futures = [other.submit([generating(p) for p in prompts(3, seed)]) for seed in range(2)]
     both_wait.set()
     for future in futures:

@@ -3,7 +3,7 @@
 import random
 from concurrent.futures import Future
 
-from k2model.decoder.step import DECODE_TILE
+from k2model.decoder.pages import PAGE
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Candidate, Completion, Request
 from k2model.engine.scheduler import Item, Scheduler, Sequence, Submission, num_tokens
@@ -138,11 +138,11 @@ def test_the_next_submission_gets_spare_room_alone() -> None:
 
 
 def test_key_value_room_bounds_what_decodes_together() -> None:
-    scheduler = Scheduler(max_num_batched_tokens=10_000, max_num_kv_tokens=2 * DECODE_TILE)
-    submit(scheduler, [generating((i,) * (DECODE_TILE - 6)) for i in range(5)])
+    scheduler = Scheduler(max_num_batched_tokens=10_000, max_num_kv_tokens=2 * PAGE)
+    submit(scheduler, [generating((i,) * (PAGE - 6)) for i in range(5)])
     assert len(scheduler.next_prefill(0, 0)) == 2
-    assert scheduler.next_prefill(0, 2 * DECODE_TILE) == []
-    assert len(scheduler.next_prefill(0, DECODE_TILE)) == 1
+    assert scheduler.next_prefill(0, 2 * PAGE) == []
+    assert len(scheduler.next_prefill(0, PAGE)) == 1
 
 
 def test_shared_segments_come_in_waves_that_fit() -> None:

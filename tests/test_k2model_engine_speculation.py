@@ -1,7 +1,9 @@
 """Guessed and forced tokens: the same answers to the bit, whatever was guessed, in fewer steps."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, Span, Step
+from k2model.decoder.pages import PAGE
+from k2model.decoder.step import KeyValues, Span, Step
 from k2model.engine.engine import Engine
-from k2model.engine.kv_cache import KvCache
 from k2model.engine.request import Candidate, Completion, Grammar, Request, Sampling
 from k2model.engine.runner import Batch
 from k2model.engine.sampler import SequenceSampler
@@ -127,31 +129,14 @@ def test_guesses_and_forced_tokens_save_steps(engine: Engine, monkeypatch: pytes
 
 def fed(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]], sizes: list[int]) -> list[Tensor]:
     """Return the hidden states [sum of sizes, D] of each prompt's `tokens`, fed so many at a time."""
-    kept = [decoder.allocate(0, len(ids)) for ids in prompts]
-    decoder.forward(Step([Span(tuple(ids), keep=kv) for ids, kv in zip(prompts, kept, strict=True)]))
-    cache = KvCache[int](decoder.allocate_slots)
-    for index, kv in enumerate(kept):
-        cache.add(index, [kv])
-    states: list[list[Tensor]] = [[] for _ in prompts]
-    done = 0
-    for size in sizes:
-        groups: list[tuple[DecodeGroup, list[int]]] = []
-        owners: list[int] = []
-        for block in cache.blocks.values():
-            rows = range(len(block.owners))
-            groups.append((block.group(rows), [tokens[i][done] for i in block.owners]))
-            owners += block.owners
-            more = [(i, token) for i in block.owners for token in tokens[i][done + 1 : done + size]]
-            owners += [i for i, _ in more]
-            for group in block.behind(rows, [size - 1] * len(rows)):
-                assert len(group.lengths) <= 8  # or as many as the block holds
-                groups.append((group, [token for _, token in more[: len(group.lengths)]]))
-                del more[: len(group.lengths)]
-        for owner, state in zip(owners, decoder.forward(Step([], groups)), strict=True):
-            states[owner].append(state)
-        cache.advance(dict.fromkeys(owners, size))
-        done += size
-    return [torch.stack(rows) for rows in states]
+    kept = [KeyValues(len(ids)) for ids in prompts]
+    decoder.forward(decoder.step([Span(tuple(ids), keep=kv) for ids, kv in zip(prompts, kept, strict=True)]))
+    states = []
+    for end, size in zip(accumulate(sizes), sizes, strict=True):
+        spans = [Span(tuple(own[end - size : end]), kv, decodes=True) for own, kv in zip(tokens, kept, strict=True)]
+        states.append(decoder.forward(decoder.step(spans)).view(len(prompts), size, -1))
+        kept = [KeyValues(kv.end + size, kv.pages) for kv in kept]
+    return [*torch.cat(states, dim=1)]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"])
@@ -162,7 +147,7 @@ def test_tokens_fed_together_have_the_bits_of_tokens_fed_one_by_one(
 ) -> None:
     decoder = make(write_checkpoint(tmp_path, family=family))
     chance = random.Random(4)
-    lengths = [1, 7, DECODE_TILE - 12, DECODE_TILE, 2 * DECODE_TILE + 5, 2 * DECODE_TILE + 9]
+    lengths = [1, 7, PAGE - 12, PAGE, PAGE + 7, 2 * PAGE - 5]
     prompts = [[chance.randrange(256) for _ in range(length)] for length in lengths]
     tokens = [[chance.randrange(256) for _ in range(12)] for _ in lengths]
     single = fed(decoder, prompts, tokens, [1] * 12)
@@ -185,6 +170,30 @@ def test_a_guess_that_fails_the_step_does_not_fail_the_request(engine: Engine, m
     monkeypatch.setattr(Decoder, "forward", failing)
     monkeypatch.setattr(Guesser, "guess", lambda _, output_ids, limit, __: [poison] * min(2, limit))
     assert engine.submit(asked).result(timeout=120) == expected
+
+
+def test_who_leaves_gives_its_pages_back(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it was finished or failed."""
+    other, pool, asked = Engine(engine.decoder, engine.tokenizer, "test"), engine.decoder.pool, requests(8)
+    gc.collect()
+    before, expected = len(pool.layers[0]) - pool.num_free, other.submit(asked).result(timeout=120)
+    size, forward, poison = len(pool.layers[0]), Decoder.forward, asked[0].prompt_ids[3]
+
+    def failing(decoder: Decoder, step: Step, read: list[int]) -> Tensor:
+        if poison in step.token_ids:
+            raise ValueError("POISON")
+        return forward(decoder, step, read)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", failing)
+        failed = other.submit(asked).result(timeout=120)
+    assert "POISON" in failed[0].error
+    assert other.submit(asked).result(timeout=120) == expected
+    assert len(pool.layers[0]) == size
+    other.close()
+    del other
+    gc.collect()
+    assert len(pool.layers[0]) - pool.num_free == before
 
 
 def test_guesses_give_way_where_a_step_is_full(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import torch
 
 from kernels import cpu, reference, rowwise
 from kernels.cpu_routing import choose_experts, weakest_experts
-from tests.kernel_cases import bias_of
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,16 +59,6 @@ def test_int4_is_the_twin_within_bfloat16(group_size: int) -> None:
         assert ((got - expected).abs() <= bound).all()
         for row in range(rows):
             assert torch.equal(cpu.int4_linear(x[row : row + 1], packed, scales, group_size)[0], got[row])
-
-
-def test_a_sink_takes_its_share() -> None:
-    q, k, v = random(2, 6, 5, 8), random(2, 2, 11, 8, seed=1), random(2, 2, 11, 4, seed=2)
-    visible = torch.ones(5, 11, dtype=torch.bool).tril(6)
-    sinks = torch.tensor([-50.0, 0.0, 3.0, 50.0, 1.0, -1.0])
-    got = cpu.attention(q, k, v, bias_of(visible), 0.3, sinks)
-    torch.testing.assert_close(got, reference.attention(q, k, v, visible, 0.3, sinks), rtol=0, atol=2e-6)
-    assert got[:, 3].abs().max() < 1e-15
-    torch.testing.assert_close(got[:, 0], cpu.attention(q, k, v, bias_of(visible), 0.3)[:, 0], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("limit", [0.5, 7.0])

@@ -110,3 +110,14 @@ def test_bits_do_not_depend_on_the_processor() -> None:
         for env in ({**os.environ}, plain)
     }
     assert len(said) == 1, said
+
+
+@pytest.mark.parametrize(("t", "heads", "d"), [(1, 1, 2), (7, 3, 10), (300, 12, 64)])
+def test_rotating_in_place_is_its_twin(t: int, heads: int, d: int) -> None:
+    torch.manual_seed(2)
+    x, angles = torch.randn(t, (heads + 2) * d), torch.randn(t, d // 2)
+    expected = reference.apply_rope(x[:, : heads * d].view(t, heads, d), angles.cos(), angles.sin())
+    got = x.clone()
+    rowwise.rotate_(got, angles.cos(), angles.sin(), heads)
+    torch.testing.assert_close(got[:, : heads * d].view(t, heads, d), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(got[:, heads * d :], x[:, heads * d :])

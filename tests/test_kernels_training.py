@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import attention_rows, rowwise, training
+from kernels import rowwise, training
 from kernels.compiled import memory
 
 SHAPES = [(0, 8), (1, 1), (3, 7), (63, 576), (64, 33), (65, 16), (301, 96)]
@@ -74,7 +74,7 @@ def test_rotated_is_rotation_in_float32_rounded_once(t: int, heads: int, others:
     angles = drawn(t, half, 3.0)
     cos, sin = angles.cos(), angles.sin()
     expected = x.float()
-    attention_rows.rotate_(expected, cos, sin, heads)
+    rowwise.rotate_(expected, cos, sin, heads)
     assert torch.equal(training.rotated(x, cos, sin, heads), expected.bfloat16())
     back = training.rotated(training.rotated(x, cos, sin, heads), cos, -sin, heads)
     torch.testing.assert_close(back.float(), x.float(), rtol=0, atol=3 * 2**-8 * float(x.abs().max()) if t else 0)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from k2model.config import ModelConfig
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_expert
 from k2model.decoder.linear import LinearReader
-from k2model.decoder.model import Layer, read_layer
+from k2model.decoder.model import Layer, page_pool, read_layer
 from k2model.decoder.rope import cos_sin, inverse_frequencies
 from k2model.decoder.step import Span, Step
 from k2model.formats.checkpoint import calibration_path
@@ -141,15 +140,14 @@ class Calibration:
             window = self.config.sliding_windows[index]
             self.hidden[tokens] = x + layer.attention.forward(h, rope, step, window, torch.float32)
 
-    def _steps(self) -> Iterator[tuple[Tensor, Step]]:
+    def _steps(self) -> Iterator[tuple[slice, Step]]:
         """Yield every step, and where its tokens stand among all."""
-        start = 0
+        start, pool = 0, page_pool(self.config, torch.float32)
         for first in range(0, len(self.prompts), _PROMPTS_AT_ONCE):
             prompts = self.prompts[first : first + _PROMPTS_AT_ONCE]
-            step = Step([Span(tuple(ids)) for ids in prompts])
-            starts = list(accumulate(map(len, prompts), initial=start))
-            yield torch.cat([starts[i] + torch.arange(len(prompts[i])) for i in step.order]), step
-            start = starts[-1]
+            step = Step(pool, [Span(tuple(ids)) for ids in prompts])
+            yield slice(start, start + len(step.token_ids)), step
+            start += len(step.token_ids)
 
 
 def start_calibration(config: ModelConfig, weights: Weights, prompts: list[list[int]]) -> Calibration:

@@ -55,7 +55,8 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_int8, x_scale, weight_int8, weight_scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dtype = cpu.product_dtype(torch.bfloat16) if grads[0].device.type == "cpu" else grads[0].dtype
+        is_fast = grads[0].device.type == "cpu" and cpu.has_bfloat16_product()
+        dtype = torch.bfloat16 if is_fast else grads[0].dtype
         grad = grads[0].to(dtype)
         return (
             (grad @ (weight_int8 * weight_scale).to(dtype)).float() if needs_x else None,
@@ -210,15 +211,14 @@ class Attention(nn.Module):
         qkv = product(h, [self.q_proj, self.k_proj, self.v_proj])
         if product is bfloat16_product:
             q, kv = self._rotated_in_bfloat16(qkv, rope)
-            attended = [group.attend_at_once(q, kv, config, window) for group in packed.groups]
+            attended = packed.attend_in_torch(q, kv, config, window)
         else:
             q, k, v = qkv.view(len(h), -1, config.head_dim).split([heads, kv_heads, kv_heads], dim=1)
             q, k = self._normed(q, k)
             q, kv = _rotated(q, *rope), torch.cat([_rotated(k, *rope), v], dim=-1)
             stored = torch.bfloat16 if product is int8_product else torch.float32
-            attended = [group.attend(q, kv, config, window, stored) for group in packed.groups]
-        of_all = torch.cat(attended)
-        return product(of_all if read is None else of_all.index_select(0, read), [self.o_proj])
+            attended = packed.attend(q, kv, config, window, stored)
+        return product(attended if read is None else attended.index_select(0, read), [self.o_proj])
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))

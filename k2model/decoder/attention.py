@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from k2model.config import AttentionConfig, ModelConfig
+from k2model.decoder.card_step import CardStep
 from k2model.decoder.linear import Linear, LinearReader, Quantized, projected
-from k2model.decoder.paged import PagedStep
 from k2model.decoder.step import Step
-from kernels import attention_rows, cpu, ops
+from kernels import cpu, cpu_attention, ops, rowwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +50,23 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             by_head[:, :heads] = ops.rms_norm(by_head[:, :heads], self.q_norm, self.eps)
             by_head[:, heads : heads + kv_heads] = ops.rms_norm(by_head[:, heads:-kv_heads], self.k_norm, self.eps)
-        if isinstance(step, PagedStep):
-            return projected(self.o_proj, self._paged(by_head, rope, step, window, kv_dtype), read)
-        attention_rows.rotate_(qkv, *rope, heads + kv_heads)
-        dtype, q_width, kv_width = cpu.product_dtype(kv_dtype), heads * head_dim, kv_heads * head_dim
-        kept = qkv[:, q_width:].unflatten(1, (2, kv_heads, head_dim))
-        if dtype != kv_dtype:
-            kept.copy_(cpu.rounded(kept, kv_dtype))
+        if isinstance(step, CardStep):
+            return projected(self.o_proj, self._on_card(by_head, rope, step, window, kv_dtype), read)
+        rowwise.rotate_(qkv, *rope, heads + kv_heads)
+        q_width, kv_width = heads * head_dim, kv_heads * head_dim
+        pages, sizes = step.pool.layers[self.layer], (head_dim, head_dim)
+        if kv_dtype != pages.dtype:
+            qkv[:, q_width:] = cpu.rounded(qkv[:, q_width:], kv_dtype)
+        cpu_attention.store(qkv, (q_width, q_width + kv_width), sizes, step.places, pages)
         out = torch.empty(len(qkv), q_width)
-        for group in step.prefill:
-            k, v = group.keys_values(kv_heads, (head_dim, head_dim), dtype)
-            for past, run in group.shared_past():
-                k[run, :, past.start : past.end], v[run, :, past.start : past.end] = past.layers[self.layer]
-            group.spread_keys(qkv, q_width, k)
-            group.spread_keys(qkv, q_width + kv_width, v)
-            group.keep(kept[group.tokens], self.layer)
-            q = group.spread_queries(qkv, heads, head_dim, dtype)
-            group.attend(q, k, v, window, config.softmax_scale, self.sinks, out, read)
-        for decoding in step.decode:
-            k, v = decoding.append(qkv, (q_width, q_width + kv_width), self.layer).to(dtype)
-            q = by_head[decoding.tokens, :heads].to(dtype).contiguous()[:, :, None]
-            attended = cpu.attention(q, k, v, decoding.bias(window), config.softmax_scale, self.sinks)
-            out[decoding.tokens] = attended.flatten(1)
+        cpu_attention.attend(
+            qkv, heads, pages, sizes, step.places, step.trees(window), config.softmax_scale, out,
+            window=window, sinks=self.sinks, read=read,
+        )  # fmt: skip
         return projected(self.o_proj, out, read)
 
-    def _paged(
-        self, qkv: Tensor, rope: tuple[Tensor, Tensor], step: PagedStep, window: int | None, kv_dtype: torch.dtype
+    def _on_card(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor], step: CardStep, window: int | None, kv_dtype: torch.dtype
     ) -> Tensor:
         """Return [T, H * head_dim] of `qkv` [T, H + 2 G, head_dim] on a card."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from k2model.config import LatentAttentionConfig, ModelConfig
+from k2model.decoder.card_step import CardStep
 from k2model.decoder.linear import Linear, LinearReader, Quantized, normed, projected
-from k2model.decoder.paged import PagedStep
 from k2model.decoder.rope import deinterleaved
-from k2model.decoder.step import PrefillGroup, Step
-from kernels import cpu, ops
+from k2model.decoder.step import Step
+from kernels import cpu, cpu_attention, ops
+from kernels.cpu_attention import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,16 @@ class LatentAttention:
         q = torch.cat([q[..., :nope], cpu.apply_rope(q[..., nope:], *rope)], dim=-1)
         latent = ops.rms_norm(latent, self.kv_a_layernorm, config.latent_norm_eps)
         kept = cpu.rounded(torch.cat([latent, cpu.apply_rope(k_rope[:, None], *rope)[:, 0]], dim=-1), kv_dtype)
-        if isinstance(step, PagedStep):
-            return projected(self.o_proj, self._paged(q, kept, step), read)
-        dtype, out = cpu.product_dtype(kv_dtype), torch.empty(len(q), heads * config.v_head_dim)
-        for group in step.prefill:
-            self._expanded(q.flatten(1), kept[group.tokens], group, window, dtype, out, read)
-        for decoding in step.decode:
-            latents = decoding.append(kept.float(), (0,), self.layer)[0].to(dtype)
-            out[decoding.tokens] = self._absorbed(q[decoding.tokens], latents, decoding.bias(window))
+        if isinstance(step, CardStep):
+            return projected(self.o_proj, self._on_card(q, kept, step), read)
+        out = torch.empty(len(q), heads * config.v_head_dim)
+        kept, pages, sizes = kept.float(), step.pool.layers[self.layer], (kept.shape[1], config.kv_lora_rank)
+        cpu_attention.store(kept, (0, 0), sizes, step.places, pages)
+        prompts = step.num_prompt_tokens
+        if prompts:
+            self._expanded(q[:prompts], pages, step, window, out[:prompts], read)
+        if prompts < len(q):
+            self._absorbed(q[prompts:], pages, step, out[prompts:])
         return projected(self.o_proj, out, read)
 
     def _widths(self) -> list[int]:
@@ -77,29 +80,24 @@ class LatentAttention:
         return [config.q_lora_rank or q, config.kv_lora_rank, config.qk_rope_head_dim]
 
     def _expanded(
-        self,
-        q: Tensor,
-        kept: Tensor,
-        group: PrefillGroup,
-        window: int | None,
-        dtype: torch.dtype,
-        out: Tensor,
-        read: Tensor | None,
+        self, q: Tensor, pages: Tensor, step: Step, window: int | None, out: Tensor, read: Tensor | None
     ) -> None:
-        """Write [tokens, H * v] over keys and values of every head into `out`; what is shared is expanded once."""
+        """Write [P, H * v] over keys and values of every head into `out`; what prompts share is expanded once."""
         config = self.config
         heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
-        k, v = group.keys_values(heads, (width, config.v_head_dim), dtype)
-        for past, run in group.shared_past():
-            expanded = self._keys_values(past.layers[self.layer][0, 0]).transpose(0, 1)
-            k[run, :, past.start : past.end] = expanded[..., :width]
-            v[run, :, past.start : past.end] = expanded[..., width:]
-        expanded = self._keys_values(kept)
-        k[group.owner, :, group.slots] = expanded[..., :width].to(dtype)
-        v[group.owner, :, group.slots] = expanded[..., width:].to(dtype)
-        group.keep(kept[:, None, None], self.layer)
-        spread = group.spread_queries(q, heads, width, dtype)
-        group.attend(spread, k, v, window, config.softmax_scale, None, out, read)
+        sizes = (width, config.v_head_dim)
+        used, filled, places = step.prompt_pages
+        latents = cpu_attention.stored_keys(pages[used], config.kv_lora_rank + config.qk_rope_head_dim)
+        latents[~filled.flatten()] = 0  # a slot behind an odd end is read with the one before, and weighs nothing
+        k, v = self._keys_values(latents).split(sizes, dim=-1)
+        k_v, at = torch.cat([k.flatten(1), v.flatten(1)], dim=1), (0, heads * width)
+        of_heads = pages.new_zeros(len(used), heads, step.pool.page, sum(cpu_attention.page_sizes(*sizes)))
+        cpu_attention.store(k_v, at, sizes, Places.of_pages(len(used), step.pool.page), of_heads)
+        own = None if read is None else read[read < len(q)]
+        cpu_attention.attend(
+            q.flatten(1), heads, of_heads, sizes, places, step.trees(window), config.softmax_scale, out,
+            window=window, read=own,
+        )  # fmt: skip
 
     def _keys_values(self, kept: Tensor) -> Tensor:
         """Return keys and values of every head, side by side [S, H, nope + rope + v], of what is kept [S, R + rope]."""
@@ -110,12 +108,17 @@ class LatentAttention:
         k_rope = kept[:, None, rank:].expand(-1, heads, -1)
         return torch.cat([expanded[..., :nope], k_rope, expanded[..., nope:]], dim=-1)
 
-    def _absorbed(self, q: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
-        """Return [B, H * v] for queries [B, H, nope + rope] over what is kept [B, 1, S, R + rope]."""
-        latent_q = self._latent_q(q)[:, :, None].to(latents.dtype).contiguous()
-        # Values are the first R columns of what is kept; all of them are multiplied, since a part would be copied.
-        out = cpu.attention(latent_q, latents, latents, bias, self.config.softmax_scale)
-        return self._values(out[:, :, 0, : self.config.kv_lora_rank].float())
+    def _absorbed(self, q: Tensor, pages: Tensor, step: Step, out: Tensor) -> None:
+        """Write [N, H * v] for queries [N, H, nope + rope] of decoding tokens over the latents into `out`."""
+        config = self.config
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+        latent_q = self._latent_q(q).flatten(1)
+        weighted = torch.empty(len(q), heads * rank)
+        cpu_attention.attend(
+            latent_q, heads, pages, (rank + config.qk_rope_head_dim, rank), step.decoding_places, step.trees(None),
+            config.softmax_scale, weighted,
+        )  # fmt: skip
+        out.copy_(self._values(weighted.view(len(q), heads, rank)))
 
     def _latent_q(self, q: Tensor) -> Tensor:
         """Return queries [B, H, nope + rope] in the space of the latents [B, H, R + rope]."""
@@ -128,13 +131,13 @@ class LatentAttention:
         """Return the values [B, H * v] of weighted latents [B, H, R]."""
         return ops.row_matmul(latents.transpose(0, 1), self.absorbed_v).transpose(0, 1).flatten(1)
 
-    def _paged(self, q: Tensor, kept: Tensor, step: PagedStep) -> Tensor:
+    def _on_card(self, q: Tensor, kept: Tensor, step: CardStep) -> Tensor:
         """Return [T, H * v] over pages of latents; those that prompts read are expanded once, whoever shares them."""
         config, dtype = self.config, kept.dtype
         prompts, latents = step.num_prompt_tokens, step.store(kept[:, None], self.layer)
         out = []
         if prompts:
-            pages, table = step.prompt_pages
+            pages, table = step.card_prompt_pages
             expanded = self._keys_values(latents[pages, 0].flatten(0, 1))
             keys_values = cpu.rounded(expanded, dtype).unflatten(0, (len(pages), -1)).transpose(1, 2)
             k, v = keys_values.split([q.shape[-1], config.v_head_dim], dim=-1)

@@ -13,16 +13,17 @@ from torch import Tensor
 from k2model.config import LatentAttentionConfig, ModelConfig
 from k2model.decoder.attention import Attention, read_attention
 from k2model.decoder.card import check_sizes, on_card
+from k2model.decoder.card_step import CardStep
 from k2model.decoder.feed_forward import FeedForward, MixtureOfExperts, read_feed_forward
 from k2model.decoder.linear import LinearReader, normed, normed_sum
 from k2model.decoder.mla import LatentAttention, read_latent_attention
-from k2model.decoder.paged import PagedKeyValues, PagedSlots, PagedStep, PagePool
+from k2model.decoder.pages import PAGE, PagePool
 from k2model.decoder.precision import PRECISIONS, Precision
 from k2model.decoder.rope import cos_sin, inverse_frequencies
-from k2model.decoder.step import DECODE_TILE, DecodeGroup, KeyValues, Slots, Span, Step
+from k2model.decoder.step import Span, Step
 from k2model.formats.weights import Weights
 from k2model.parameters import parameters
-from kernels import ops
+from kernels import cpu_attention, ops
 
 T = TypeVar("T")
 
@@ -40,24 +41,28 @@ class Layer:
     def forward(
         self,
         x: Tensor,
+        added: Tensor | None,
         rope: tuple[Tensor, Tensor],
         step: Step,
         window: int | None,
         kv_dtype: torch.dtype,
         read: Tensor | None = None,
-    ) -> Tensor:
-        """Return the layer's output float32 for `x` [T, D]; stores keys and values where the step keeps them.
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's output for x + added [T, D] as two terms, since the next norm sums them in passing.
 
-        That is [T, D], or of the tokens `read` alone [N, D].
+        They are float32 [T, D], or of the tokens `read` alone [N, D]. Stores keys and values where the step keeps them.
         """
-        h = normed(self.attention.first, x, self.input_layernorm, self.eps)
+        if added is None:
+            h = normed(self.attention.first, x, self.input_layernorm, self.eps)
+        else:
+            h, x = normed_sum(self.attention.first, x, added, self.input_layernorm, self.eps)
         attended = self.attention.forward(h, rope, step, window, kv_dtype, read)
         if read is not None:
             x = x[read]
             if not len(x):
-                return x
+                return x, x
         h, x = normed_sum(self.feed_forward.first, x, attended, self.post_attention_layernorm, self.eps)
-        return x + self.feed_forward.forward(h)
+        return x, self.feed_forward.forward(h)
 
 
 @dataclass(slots=True)
@@ -74,8 +79,9 @@ class Decoder:
     kv_dtype: torch.dtype
     """What keys and values are rounded to."""
     frequencies: Tensor
-    pool: PagePool | None = None
-    """Where keys and values are, on a card."""
+    pool: PagePool
+    """Where keys and values are."""
+    is_on_card: bool = False
 
     @classmethod
     def from_weights(
@@ -91,17 +97,14 @@ class Decoder:
             config: the model's sizes.
             weights: of a checkpoint.
             precision: what linears, keys and values are rounded to; `fp32` is the reference.
-            card: where to compute, if not in memory: with keys and values in pages. Weights go there layer by layer.
+            card: where to compute, if not in memory. Weights go there layer by layer.
 
         Raises: CheckpointError naming tensors that are missing, misshapen, or not part of the model; for a card, what
             its kernels do not compute.
         """
         weights.check(parameters(config), tied=config.tie_word_embeddings)
-        pool = None
         if card is not None:
             check_sizes(config)
-            parts, kv_heads, width = kv_shape(config)
-            pool = PagePool(config.num_hidden_layers, kv_heads, parts * width, precision.key_values, card)
 
         def placed(part: T) -> T:
             return part if card is None else on_card(part, card)
@@ -121,12 +124,13 @@ class Decoder:
             lm_head=head.to(precision.head),
             kv_dtype=precision.key_values,
             frequencies=placed(inverse_frequencies(config.rope)),
-            pool=pool,
+            pool=page_pool(config, precision.key_values, card),
+            is_on_card=card is not None,
         )
 
-    def step(self, spans: Sequence[Span], decoding: Sequence[tuple[DecodeGroup, Sequence[int]]] = ()) -> Step:
-        """Return what `forward` takes to compute `spans` and the new tokens of `decoding` groups."""
-        return Step(spans, decoding) if self.pool is None else PagedStep(self.pool, spans, decoding)
+    def step(self, spans: Sequence[Span]) -> Step:
+        """Return what `forward` takes to compute `spans`, of which those that decode stand last."""
+        return (CardStep if self.is_on_card else Step)(self.pool, spans)
 
     def forward(self, step: Step, read: Sequence[int] | None = None) -> Tensor:
         """Return hidden states after the final norm float32, and store what the step keeps.
@@ -135,43 +139,37 @@ class Decoder:
         all of them [T, D]. A token's bits are the same.
         """
         rope = cos_sin(self.config.rope, self.frequencies, step.positions)
-        x = self.embed_tokens[step.token_ids].float()
+        x: Tensor = self.embed_tokens[step.token_ids].float()
+        added: Tensor | None = None
         rows = None if read is None else torch.tensor(read, dtype=torch.int64, device=x.device)
         for layer, window in zip(self.layers, self.config.sliding_windows, strict=True):
-            x = layer.forward(x, rope, step, window, self.kv_dtype, rows if layer is self.layers[-1] else None)
-        return ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+            of = rows if layer is self.layers[-1] else None
+            x, added = layer.forward(x, added, rope, step, window, self.kv_dtype, of)
+        return ops.rms_norm(x if added is None else x + added, self.norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [T, V] float32 logits of `hidden` [T, D], for measurement; scoring needs only some of them."""
         return ops.float_linear(hidden, self.lm_head)
-
-    def allocate(self, start: int, count: int) -> KeyValues:
-        """Return room for the keys and values of `count` tokens of one sequence, from slot `start` on."""
-        if self.pool is not None:
-            return PagedKeyValues(torch.empty(0), start, count)
-        parts, kv_heads, width = kv_shape(self.config)
-        shape = (len(self.layers), parts, kv_heads, count, width)
-        return KeyValues(torch.empty(shape, dtype=self.kv_dtype), start)
-
-    def allocate_slots(self, rows: int, num_tiles: int) -> Slots:
-        """Return room for `rows` sequences that decode, each of up to `num_tiles` tiles."""
-        if self.pool is not None:
-            return PagedSlots(torch.empty(0), num_tiles, [None] * rows)
-        parts, kv_heads, width = kv_shape(self.config)
-        shape = (len(self.layers), parts, rows, kv_heads, num_tiles * DECODE_TILE, width)
-        return Slots(torch.empty(shape, dtype=self.kv_dtype))
 
     def forward_one(self, token_ids: Sequence[int]) -> Tensor:
         """Return the hidden states [T, D] of one sequence from its start."""
         return self.forward(self.step([Span(tuple(token_ids))]))
 
 
-def kv_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """Return what a layer keeps of a token: parts (keys and values, or the latent alone), their heads, one's width."""
+def page_pool(config: ModelConfig, kept: torch.dtype, card: torch.device | None = None, page: int = PAGE) -> PagePool:
+    """Return the pages of a decoder, in memory or on a card, whose keys and values are rounded to `kept`."""
     attention = config.attention
     if isinstance(attention, LatentAttentionConfig):
-        return 1, 1, attention.kv_lora_rank + attention.qk_rope_head_dim
-    return 2, attention.num_key_value_heads, attention.head_dim
+        heads, sizes = 1, (attention.kv_lora_rank + attention.qk_rope_head_dim, attention.kv_lora_rank)
+        width = sizes[0]  # a latent is its own key and value
+    else:
+        heads, sizes = attention.num_key_value_heads, (attention.head_dim, attention.head_dim)
+        width = sum(sizes)
+    if card is not None:
+        return PagePool(config.num_hidden_layers, heads, width, kept, card, page)
+    dtype = torch.bfloat16 if kept == torch.bfloat16 else torch.float32
+    width = sum(cpu_attention.page_sizes(*sizes))
+    return PagePool(config.num_hidden_layers, heads, width, dtype, torch.device("cpu"), page)
 
 
 def read_layer(

@@ -1,8 +1,8 @@
 """Precisions: what a decoder rounds its values to, by kind of layer.
 
 A float product is of values rounded to the layer's dtype and is summed in float32, so that 16-bit weights save memory
-and sums lose nothing. Norms, softmax, the residual stream and routing are float32 in every precision; queries are, too,
-unless keys are bfloat16 and the processor multiplies it (`product_dtype` of kernels/cpu.py).
+and sums lose nothing. Norms, softmax, the residual stream and routing are float32 in every precision. Queries and the
+weights of values are rounded to bfloat16 where keys are, and are float32 elsewhere.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Precision:
     head: torch.dtype
     """Of the output embedding."""
     key_values: torch.dtype
-    """What keys and values, or latents, are rounded to and kept as."""
+    """What keys and values, or latents, are rounded to and kept as; on the CPU float16 is kept as float32."""
     expand: bool
     """Whether linears stored as INT8 or INT4 are computed as floats too."""
 

@@ -85,7 +85,7 @@ class Engine:
         # With a team of threads left over from this one, the loop would compute at five sixths of its rate.
         decoder, tokenizer = in_thread_that_ends(load, checkpoint, precision, router_thresholds, device)
         digest = fingerprint(checkpoint, precision, router_thresholds, device)
-        if decoder.pool is None:
+        if not decoder.is_on_card:
             return cls(decoder, tokenizer, digest)
         free = torch.cuda.mem_get_info(decoder.pool.device)[0]
         return cls(
@@ -137,7 +137,7 @@ class Engine:
         """Stop after the step in progress; what was submitted is not answered."""
         with self._wake:
             self._scheduler = Scheduler(MAX_NUM_BATCHED_TOKENS, MAX_NUM_KV_TOKENS)
-            self._runner.cache.clear()
+            self._runner.decoding.clear()
             self._closing = True
             self._wake.notify()
         self._thread.join()
@@ -166,7 +166,7 @@ class Engine:
     def _compute_all(self) -> None:
         while True:
             with self._wake:
-                while not (self._closing or self._scheduler.has_waiting() or len(self._runner.cache)):
+                while not (self._closing or self._scheduler.has_waiting() or self._runner.decoding):
                     self._wake.wait()
                 items = self._scheduler.next_prefill(self._runner.num_decode_tokens, self._runner.num_kv_tokens)
                 batch = self._runner.batch(items, self._scheduler.max_num_batched_tokens)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from k2model.decoder.model import Decoder
-from k2model.decoder.step import DecodeGroup, KeyValues, Span, Step
+from k2model.decoder.step import KeyValues, Span, Step
 from k2model.engine.candidates import ROOT, CandidateTree
-from k2model.engine.kv_cache import Block, KvCache
 from k2model.engine.prefix import Segment
 from k2model.engine.request import Completion
 from k2model.engine.sampler import Mask, SequenceSampler, next_tokens, prepare_masks
@@ -62,27 +61,24 @@ class Batch:
 
     items: list[Item]
     """To prefill."""
-    rows: dict[int, range]
-    """Block of the cache (its number of tiles) to the rows that get tokens."""
+    generations: list[Generation]
+    """That get tokens."""
     guesses: dict[Generation, list[int]] = field(default_factory=dict)
     """What is tried behind a sequence's last token."""
 
     def __len__(self) -> int:
-        return len(self.items) + sum(map(len, self.rows.values())) + len(self.guesses)
+        return len(self.items) + len(self.generations) + len(self.guesses)
 
     def halves(self) -> Iterator["Batch"]:
         """Yield two batches of half the work each, or one of a single item; a guess may be at fault and is left out."""
-        every: list[Item | tuple[int, int]] = [*self.items]
-        every += [(tiles, row) for tiles, rows in self.rows.items() for row in rows]
+        every: list[Item | Generation] = [*self.items, *self.generations]
         half = len(every) // 2
         for part in (every[:half], every[half:]):
-            rows: dict[int, range] = {}
-            for entry in part:
-                if isinstance(entry, tuple):
-                    tiles, row = entry
-                    rows[tiles] = range(rows[tiles].start if tiles in rows else row, row + 1)
             if part:
-                yield Batch([entry for entry in part if not isinstance(entry, tuple)], rows)
+                yield Batch(
+                    [entry for entry in part if not isinstance(entry, Generation)],
+                    [entry for entry in part if isinstance(entry, Generation)],
+                )
 
 
 @dataclass(slots=True)
@@ -98,8 +94,8 @@ class Answers:
     fed: dict[Generation, int]
     """How many tokens of its answer each sequence that decodes was fed, without those guessed."""
     tokens: dict[Generation, list[int]]
-    """What comes next, for those that a token was drawn for: not where the grammar leaves no choice, nor where more
-    tokens are known than the step had slots for. With more than one, all but the last are fed, too: guessed right."""
+    """What comes next, for those that a token was drawn for: not where the grammar leaves no choice of the first. With
+    more than one, all but the last are fed, too: guessed right."""
 
 
 class Runner:
@@ -108,12 +104,14 @@ class Runner:
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.cache: KvCache[Generation] = KvCache(decoder.allocate_slots)
+        self.decoding: dict[Generation, KeyValues] = {}
+        """What every sequence that decodes was fed so far. Slots filled behind that, by wrong guesses, are hidden from
+        attention until they are filled again."""
         self.num_tokens = 0
         """Tokens that went through the decoder."""
         self.num_unread_tokens = 0
         """Of these, those whose last layer was not computed to its end, since nobody reads them there."""
-        self._new: list[tuple[Generation, list[KeyValues]]] = []
+        self._new: dict[Generation, KeyValues] = {}
         self._filled: dict[Generation, int] = {}
         # Masks of grammars are filled beside the forward pass; the library lets go of Python's lock.
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="k2batch-masks")
@@ -121,13 +119,12 @@ class Runner:
     @property
     def num_kv_tokens(self) -> int:
         """Key-value slots promised to sequences that decode."""
-        return sum(g.sequence.num_kv_tokens for block in self.cache.blocks.values() for g in block.owners)
+        return sum(generation.sequence.num_kv_tokens for generation in self.decoding)
 
     @property
     def num_decode_tokens(self) -> int:
         """Tokens that sequences that decode take of the next step, without what is guessed."""
-        blocks = self.cache.blocks.values()
-        return sum(len(_unfed(block, row)) for block in blocks for row in range(len(block.owners)))
+        return sum(len(generation.unfed(kv.end)) for generation, kv in self.decoding.items())
 
     def batch(self, items: list[Item], max_num_tokens: int) -> Batch:
         """Return the batch that prefills `items`, goes on with everything that decodes, and tries what may follow.
@@ -136,24 +133,27 @@ class Runner:
             items: to prefill.
             max_num_tokens: what is guessed gives way where they are more.
         """
-        rows = {tiles: range(len(block.owners)) for tiles, block in self.cache.blocks.items()}
         guesses: dict[Generation, list[int]] = {}
         tokens = sum(map(num_tokens, items)) + self.num_decode_tokens
-        for block in self.cache.blocks.values():
-            for row, generation in enumerate(block.owners):
-                room = block.num_slots - block.lengths[row] - len(generation.unfed(block.lengths[row]))
-                if guess := generation.guess(min(room, max_num_tokens - tokens), tokens):
-                    guesses[generation] = guess
-                    tokens += len(guess)
-        return Batch(items, rows, guesses)
+        for generation in self.decoding:
+            if guess := generation.guess(max_num_tokens - tokens, tokens):
+                guesses[generation] = guess
+                tokens += len(guess)
+        return Batch(items, [*self.decoding], guesses)
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Answers:
         """Return the answers of `batch`; nothing is changed that computing it again would not overwrite."""
         spans = [self._span(item) for item in batch.items]
-        blocks = [(self.cache.blocks[tiles], rows) for tiles, rows in batch.rows.items() if rows]
-        groups, fed, asked = _decoding(blocks, batch.guesses, sum(span.size for span in spans))
-        step = self.decoder.step(spans, groups)
+        fed = {generation: generation.unfed(self.decoding[generation].end) for generation in batch.generations}
+        for generation, known in fed.items():
+            token_ids = (*known, *batch.guesses.get(generation, []))
+            spans.append(Span(token_ids, self.decoding[generation], decodes=True))
+        step = self.decoder.step(spans)
+        asked = {
+            generation: [*range(rows.start + len(known) - 1, rows.stop)]
+            for (generation, known), rows in zip(fed.items(), step.rows[len(batch.items) :], strict=True)
+        }
         started = {
             index: Generation.of(item, self.tokenizer)
             for index, item in enumerate(batch.items)
@@ -168,10 +168,10 @@ class Runner:
         drawn = iter(next_tokens(hidden[: len(samplers)], self.decoder.lm_head, samplers, masks) if samplers else [])
         tokens = [agreed(guess, [*islice(drawn, len(guess) + 1)]) for guess in guesses]
         return Answers(
-            kept=[span.keep for span in spans],
+            kept=[span.keep for span in spans[: len(batch.items)]],
             logprobs=self._scores(scored, hidden[len(samplers) :]),
             started=started,
-            fed=fed,
+            fed={generation: len(known) for generation, known in fed.items()},
             tokens=dict(zip(asked, tokens, strict=True)),
         )
 
@@ -194,8 +194,7 @@ class Runner:
             if self._accept(generation, answers.tokens.get(generation, [])):
                 finished.append(sequence)
             else:
-                past = [segment.kv for segment in sequence.parent.chain()] if sequence.parent else []
-                self._new.append((generation, [*past, kept]))
+                self._new[generation] = kept
         for generation, count in answers.fed.items():
             token_ids = answers.tokens.get(generation, [])
             if generation.guesser is not None and generation in batch.guesses:
@@ -209,11 +208,9 @@ class Runner:
 
     def fail(self, batch: Batch, message: str) -> list[Sequence]:
         """End the one sequence of `batch` with an error, and return it; a segment has nobody to tell."""
-        for tiles, rows in batch.rows.items():
-            for row in rows:
-                generation = self.cache.blocks[tiles].owners[row]
-                generation.sequence.finish(Completion(error=message))
-                return [generation.sequence]
+        for generation in batch.generations:
+            generation.sequence.finish(Completion(error=message))
+            return [generation.sequence]
         for item in batch.items:
             if isinstance(item, Sequence):
                 item.finish(Completion(error=message))
@@ -222,10 +219,11 @@ class Runner:
 
     def settle(self) -> None:
         """Count the step's tokens, and let go of what is finished: call once after every batch of a step."""
-        self.cache.advance(self._filled)
-        for generation, parts in self._new:
-            self.cache.add(generation, parts)
-        self._new, self._filled = [], {}
+        going_on = [(generation, kv) for generation, kv in self.decoding.items() if generation in self._filled]
+        self.decoding = {
+            generation: KeyValues(kv.end + self._filled[generation], kv.pages) for generation, kv in going_on
+        } | self._new
+        self._new, self._filled = {}, {}
 
     def _forward(
         self, step: Step, read: list[int], samplers: list[SequenceSampler], guesses: list[list[int]]
@@ -240,14 +238,14 @@ class Runner:
             masks.exception()
 
     def _span(self, item: Item) -> Span:
-        past = tuple(segment.kv for segment in item.parent.chain()) if item.parent else ()
-        start = item.parent.end if item.parent else 0
+        past = item.parent.kv if item.parent else None
         if isinstance(item, Segment):
-            return Span(item.token_ids, past, keep=self.decoder.allocate(start, len(item.token_ids)))
-        token_ids = item.request.prompt_ids[start:]
+            return Span(item.token_ids, past, keep=KeyValues(item.end))
+        prompt_ids = item.request.prompt_ids
+        token_ids = prompt_ids[past.end if past else 0 :]
         if item.tree:
             return Span(token_ids, past, item.tree.branches)
-        return Span(token_ids, past, keep=self.decoder.allocate(start, len(token_ids)))
+        return Span(token_ids, past, keep=KeyValues(len(prompt_ids)))
 
     def _scored(self, batch: Batch, spans: list[Span], step: Step) -> dict[CandidateTree, tuple[list[int], list[int]]]:
         """Return, for each candidate tree, the items scored by it, and where in the step each one's forks stand."""
@@ -315,44 +313,3 @@ class Runner:
     def close(self) -> None:
         """Let the thread that fills masks go."""
         self._masks.shutdown()
-
-
-def _unfed(block: Block[Generation], row: int) -> list[int]:
-    """Return what a step must feed to `row` of `block`: tokens of its answer, as many as its slots have room for."""
-    length = block.lengths[row]
-    return block.owners[row].unfed(length)[: block.num_slots - length]
-
-
-def _decoding(
-    blocks: list[tuple[Block[Generation], range]], guesses: dict[Generation, list[int]], offset: int
-) -> tuple[list[tuple[DecodeGroup, list[int]]], dict[Generation, int], dict[Generation, list[int]]]:
-    """Return what a step adds to rows of `blocks`.
-
-    Args:
-        blocks: with the rows of each.
-        guesses: what follows the last token of some of them.
-        offset: the first one's place among the step's tokens.
-
-    Returns: groups and their tokens; how many of its answer each sequence is fed; and, if these are all that is known
-        of it, where the last of them stands in the step, and what is guessed behind it.
-    """
-    groups: list[tuple[DecodeGroup, list[int]]] = []
-    fed: dict[Generation, int] = {}
-    asked: dict[Generation, list[int]] = {}
-    for block, rows in blocks:
-        token_ids = []
-        behind = offset + len(rows)
-        for place, row in enumerate(rows, offset):
-            generation, known = block.owners[row], _unfed(block, row)
-            token_ids.append([*known, *guesses.get(generation, [])])
-            places = [place, *range(behind, behind + len(token_ids[-1]) - 1)]
-            behind += len(places) - 1
-            fed[generation] = len(known)
-            if len(known) == len(generation.unfed(block.lengths[row])):
-                asked[generation] = places[len(known) - 1 :]
-        groups.append((block.group(rows), [ids[0] for ids in token_ids]))
-        more = chain.from_iterable(ids[1:] for ids in token_ids)
-        for group in block.behind(rows, [len(ids) - 1 for ids in token_ids]):
-            groups.append((group, [*islice(more, len(group.lengths))]))
-        offset = behind
-    return groups, fed, asked

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from k2model.decoder.step import DECODE_TILE, TILE
+from k2model.decoder.pages import PAGE
 from k2model.engine.candidates import CandidateTree, candidate_tree
 from k2model.engine.prefix import Segment, share
 from k2model.engine.request import Completion, Request
@@ -75,7 +75,7 @@ class Sequence:
         request = self.request
         if not request.max_tokens:
             return 0
-        return -(-(len(request.prompt_ids) + request.max_tokens) // DECODE_TILE) * DECODE_TILE
+        return -(-(len(request.prompt_ids) + request.max_tokens) // PAGE) * PAGE
 
     @property
     def is_wanted(self) -> bool:
@@ -238,7 +238,7 @@ class Scheduler:
 
     def shrink(self) -> None:
         """Halve the steps to come: memory was not enough."""
-        self.max_num_batched_tokens = max(TILE, self.max_num_batched_tokens // 2)
+        self.max_num_batched_tokens = max(PAGE, self.max_num_batched_tokens // 2)
 
     def unshare(self, segment: Segment) -> None:
         """Let everything that waits for `segment` compute its tokens by itself: it cannot be computed for all."""

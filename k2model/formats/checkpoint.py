@@ -29,7 +29,7 @@ DEFAULT_CHECKPOINT = "smollm2-135m-instruct"
 K2_MINI = "k2-mini"
 """The embedded model for the labels it was trained on and nothing else; k2model/k2_mini/README.md has them."""
 
-RECIPE = 4
+RECIPE = 5
 """Part of every fingerprint: raised when converting the same checkpoint would give other weights, or computing the same
 weights other bits."""
 

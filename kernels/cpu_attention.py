@@ -1,0 +1,414 @@
+"""Attention of the CPU over keys and values in pages: one loop for prompts, candidate trees and decoding tokens.
+
+A page holds the slots of each key-value head as the products of kernels/dot_tiles.py read them: first the keys, 16
+slots side by side for each of their values (bfloat16: for each two values), then the values, slot by slot (bfloat16:
+each two slots side by side). A query reads from slot 0 on, one slot after the other: its bits are a function of its own
+sequence alone, whatever is computed beside it, in whatever steps and pages.
+
+Legend: T tokens of a step, B sequences, H heads, G key-value heads, D head size of keys, Dv of values, S slots, N
+queries asked for, I items.
+"""
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+
+from kernels import dot_tiles
+from kernels.compiled import as_float32, both, inline, memory, narrow, run
+from kernels.dot_tiles import LANES, ROWS, VECTORS
+from kernels.rowwise import FARTHEST, exp
+
+_QUERIES_AT_ONCE = 24
+"""Rows, heads that share keys times tokens, that read a page while it is in the cache."""
+
+_ZERO, _HALF, _ONE, _NAN, _HIDDEN = (np.float32(value) for value in (0, 0.5, 1, np.nan, -np.inf))
+_FAR = 2**62
+_UNIT = np.float32(2**30)
+"""What 1 is in the integers that weights are summed as: S of them are off by S / 2**31 at most."""
+_LOWEST, _SIGN_SHIFT = np.int32(-(2**31)), np.int32(31)
+_NO_SIGN, _INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+_LOW, _HALF_WORD = np.uint32(0xFFFF), np.uint32(16)
+_ALONE, _BY_ITS_NEIGHBOUR = -1, -2
+
+_anew, _anew_wide = dot_tiles.tile(1, anew=True), dot_tiles.tile(VECTORS, anew=True)
+_more, _more_wide = dot_tiles.tile(1, anew=False), dot_tiles.tile(VECTORS, anew=False)
+
+
+def page_sizes(dk: int, dv: int) -> tuple[int, int]:
+    """Return the widths that keys and values of head size `dk` and `dv` take of a slot: in pairs, in whole vectors."""
+    return -(-dk // 2) * 2, -(-dv // LANES) * LANES
+
+
+def _rounded(row: Any, out: Any) -> None:
+    """Write float32 `row` as what `out` holds: float32, or bfloat16 as its bits."""
+
+
+@overload(_rounded)
+def _rounded_to(row: Any, out: Any) -> Any:
+    def narrowed(row: Any, out: Any) -> None:
+        narrow(row, out)
+
+    def copied(row: Any, out: Any) -> None:
+        for i in range(row.size):
+            out[i] = row[i]
+
+    return narrowed if out.dtype == numba.uint16 else copied
+
+
+@inline
+def _scores(
+    q: Any, rows: Any, terms: Any, keys: Any, first: Any, vectors: Any, out: Any, column: Any, width: Any
+) -> None:
+    """Write products of `rows` queries and the keys of `vectors` times 16 slots."""
+    for r in range(0, rows, ROWS):
+        j = 0
+        while j < vectors:
+            at, to = first + j * terms * LANES, r * width + column + j * LANES
+            if vectors - j >= VECTORS:
+                _anew_wide(q, r * terms, terms, keys, at, terms * LANES, LANES, out, to, width, terms)
+                j += VECTORS
+            else:
+                _anew(q, r * terms, terms, keys, at, terms * LANES, LANES, out, to, width, terms)
+                j += 1
+
+
+@inline
+def _add_values(
+    weights: Any, rows: Any, column: Any, width: Any, terms: Any, values: Any, first: Any, dv: Any, out: Any
+) -> None:
+    """Add `terms` weighted values to `out` [rows, dv]."""
+    for r in range(0, rows, ROWS):
+        j = 0
+        while j < dv:
+            at, to = r * width + column, r * dv + j
+            if dv - j >= VECTORS * LANES:
+                _more_wide(weights, at, width, values, first + j, LANES, dv, out, to, dv, terms)
+                j += VECTORS * LANES
+            else:
+                _more(weights, at, width, values, first + j, LANES, dv, out, to, dv, terms)
+                j += LANES
+
+
+@inline
+def _highest(row: Any, scale: Any, sink: Any) -> Any:
+    """Return the highest of float32 `row` times `scale` and of `sink`; NaN if one of `row` is, of either sign."""
+    bits, most, farthest = row.view(np.int32), _LOWEST, np.int32(0)
+    for i in range(row.size):  # as integers, which compilers may compare in any order
+        most = max(most, bits[i] ^ ((bits[i] >> _SIGN_SHIFT) & _NO_SIGN))
+        farthest = max(farthest, bits[i] & _NO_SIGN)
+    top = as_float32(most ^ ((most >> _SIGN_SHIFT) & _NO_SIGN)) * scale if farthest <= _INFINITE else _NAN
+    return sink if sink > top else top
+
+
+@inline
+def _exponentials(row: Any, scale: Any, top: Any) -> None:
+    """Overwrite `row` with exp(row * scale - top); 0 where that is tiny, or `top` is NaN."""
+    for i in range(row.size):
+        x = row[i] * scale - top
+        part = exp(max(x, -FARTHEST))
+        row[i] = part if x >= -FARTHEST else _ZERO
+
+
+@inline
+def _share(row: Any, top: Any, sink: Any) -> Any:
+    """Return one over the sum of exponentials `row`, each at most 1, and that of `sink`; infinite if all are 0."""
+    whole = np.int64(0)
+    for i in range(row.size):  # integers may be summed in any order
+        whole += np.int64(np.int32(row[i] * _UNIT + _HALF))
+    total = np.float32(whole) / _UNIT
+    if sink - top >= -FARTHEST:
+        total += exp(sink - top)
+    return _ONE / total
+
+
+@inline
+def _weigh(scores: Any, rows: Any, width: Any, scale: Any, sinks: Any, weights: Any) -> None:
+    """Write softmax(scores * scale) of `rows` rows into `weights`, rounded; row r has sink r % len(sinks).
+
+    Each pass is over all rows: what one hangs on is long known, which saves a quarter of the time.
+    """
+    tops, shares = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for r in range(rows):
+        tops[r] = _highest(scores[r * width : (r + 1) * width], scale, sinks[r % sinks.size])
+    for r in range(rows):
+        _exponentials(scores[r * width : (r + 1) * width], scale, tops[r])
+    for r in range(rows):
+        shares[r] = _share(scores[r * width : (r + 1) * width], tops[r], sinks[r % sinks.size])
+    for r in range(rows):
+        row = scores[r * width : (r + 1) * width]
+        for i in range(width):
+            row[i] *= shares[r]
+        _rounded(row, weights[r * width : (r + 1) * width])
+
+
+@inline
+def _hide(row: Any, first: Any, slot: Any, end: Any, tree: Any) -> None:
+    """Hide scores `row` of what a query in `slot` does not see: slots before `first` and behind its own.
+
+    Of a branch, in a slot from `end` on, also those of branches that it does not follow.
+    """
+    for i in range(first):
+        row[i] = _HIDDEN
+    for i in range(slot + 1, row.size):
+        row[i] = _HIDDEN
+    for i in range(end, slot):
+        if not tree[slot - end, i - end]:
+            row[i] = _HIDDEN
+
+
+def _attend(
+    q: Any, pages: Any, slots_of_page: Any, dk: Any, dv: Any, table: Any, tokens: Any, starts: Any, owners: Any,
+    slots: Any, positions: Any, ends: Any, tree_of: Any, trees: Any, window: Any, scale: Any, sinks: Any, value: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
+    share, per_word = sinks.size // groups, pages.itemsize // value.itemsize
+    k_width, v_width = (dk + per_word - 1) // per_word * per_word, (dv + LANES - 1) // LANES * LANES
+    terms, values_at = k_width // per_word, slots_of_page * k_width // per_word
+    for i in numba.prange(owners.size * groups):
+        item, g = i // groups, i % groups
+        owner, own = owners[item], tokens[starts[item] : starts[item + 1]]
+        end, begin = 0, _FAR if window else 0
+        for t in own:
+            end = max(end, slots[t] + 1)
+            if window:
+                begin = min(begin, max(0, min(positions[t] - window + 1, ends[owner])))
+        first_page, last_page = begin // slots_of_page, (end - 1) // slots_of_page
+        base, width = first_page * slots_of_page, (last_page + 1 - first_page) * slots_of_page
+        rows = (own.size * share + ROWS - 1) // ROWS * ROWS
+        queries = np.zeros(rows * k_width, value.dtype)
+        for n in range(own.size):
+            for h in range(share):
+                at = (n * share + h) * k_width
+                _rounded(q[own[n], (g * share + h) * dk : (g * share + h + 1) * dk], queries[at : at + dk])
+        scores, weights = np.empty(rows * width, np.float32), np.empty(rows * width, value.dtype)
+        weights[own.size * share * width :] = 0
+        for page in range(first_page, last_page + 1):
+            at = (table[owner, page] * groups + g) * words
+            vectors = (min(end - page * slots_of_page, slots_of_page) + LANES - 1) // LANES
+            column = page * slots_of_page - base
+            _scores(queries.view(pages.dtype), rows, terms, memory_, at, vectors, scores, column, width)
+        stop, tree = ends[owner], trees[tree_of[owner]]
+        for n in range(own.size):
+            slot = slots[own[n]]
+            first = max(0, min(positions[own[n]] - window + 1, stop)) if window else 0
+            for r in range(n * share, (n + 1) * share):
+                _hide(scores[r * width : (r + 1) * width], first - base, slot - base, stop - base, tree)
+        _weigh(scores, own.size * share, width, scale, sinks[g * share : (g + 1) * share], weights)
+        summed = np.zeros(rows * v_width, np.float32)
+        for page in range(first_page, last_page + 1):
+            at = (table[owner, page] * groups + g) * words + values_at
+            count = (min(end - page * slots_of_page, slots_of_page) + per_word - 1) // per_word
+            column = (page * slots_of_page - base) // per_word
+            _add_values(weights.view(pages.dtype), rows, column, width // per_word, count, memory_, at, v_width, summed)
+        for n in range(own.size):
+            for h in range(share):
+                at = (n * share + h) * v_width
+                for j in range(dv):
+                    out[own[n], (g * share + h) * dv + j] = summed[at + j]
+
+
+def _store_float32(
+    x: Any, k_at: Any, v_at: Any, dk: Any, dv: Any, page: Any, offset: Any, beside: Any, pages: Any, slots_of_page: Any
+) -> None:
+    groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
+    v_width = (dv + LANES - 1) // LANES * LANES
+    for t in numba.prange(x.shape[0]):
+        for g in range(groups):
+            at = (page[t] * groups + g) * words
+            key_at = at + offset[t] // LANES * dk * LANES + offset[t] % LANES
+            for i in range(dk):
+                memory_[key_at + i * LANES] = x[t, k_at + g * dk + i]
+            value_at = at + slots_of_page * dk + offset[t] * v_width
+            for i in range(dv):
+                memory_[value_at + i] = x[t, v_at + g * dv + i]
+
+
+def _store_bfloat16(
+    x: Any, k_at: Any, v_at: Any, dk: Any, dv: Any, page: Any, offset: Any, beside: Any, pages: Any, slots_of_page: Any
+) -> None:
+    groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
+    terms, v_width = (dk + 1) // 2, (dv + LANES - 1) // LANES * LANES
+    for t in numba.prange(x.shape[0]):
+        key, first, second = np.zeros(2 * terms, np.uint16), np.empty(dv, np.uint16), np.zeros(dv, np.uint16)
+        for g in range(groups):
+            at = (page[t] * groups + g) * words
+            narrow(x[t, k_at + g * dk : k_at + (g + 1) * dk], key[:dk])
+            key_at, key_words = at + offset[t] // LANES * terms * LANES + offset[t] % LANES, key.view(np.uint32)
+            for i in range(terms):
+                memory_[key_at + i * LANES] = key_words[i]
+            if beside[t] == _BY_ITS_NEIGHBOUR:
+                continue
+            value_at = at + slots_of_page * terms + offset[t] // 2 * v_width
+            narrow(x[t, v_at + g * dv : v_at + (g + 1) * dv], first)
+            if offset[t] % 2:
+                for i in range(dv):
+                    memory_[value_at + i] = (memory_[value_at + i] & _LOW) | (np.uint32(first[i]) << _HALF_WORD)
+                continue
+            if beside[t] >= 0:
+                narrow(x[beside[t], v_at + g * dv : v_at + (g + 1) * dv], second)
+            for i in range(dv):
+                memory_[value_at + i] = np.uint32(first[i]) | (np.uint32(second[i]) << _HALF_WORD)
+
+
+def _copy(pages: Any, sources: Any, targets: Any) -> None:
+    for n in numba.prange(sources.size):
+        pages[targets[n]] = pages[sources[n]]
+
+
+_ATTEND, _COPY = both(_attend), both(_copy)
+_STORE = {torch.float32: both(_store_float32), torch.bfloat16: both(_store_bfloat16)}
+
+
+class Places:
+    """Where tokens of a step stand: each in a slot of its sequence, whose pages stand in a table.
+
+    Args:
+        table: [B, most pages of one] int64, slot 0 first.
+        owners: [T] int64, token to sequence. Those of one sequence stand side by side, in the order of their slots.
+        slots: [T] int64.
+        positions: [T] int64: the slot; of a branch, how far it is behind the prompt's start.
+        ends: [B] int64: the slot behind the prompt, where branches begin.
+        page: slots of a page.
+    """
+
+    def __init__(
+        self, table: Tensor, owners: Tensor, slots: Tensor, positions: Tensor, ends: Tensor, page: int
+    ) -> None:
+        self.table, self.owners, self.slots, self.positions = table, owners, slots, positions
+        self.ends, self.page = ends, page
+        self.pages, self.offsets = table[owners, slots // page], slots % page
+        """[T] int64, both: each token's page and its slot there."""
+        self._items: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @classmethod
+    def of_pages(cls, count: int, page: int) -> "Places":
+        """Return where tokens stand that fill `count` pages, as one sequence."""
+        slots, table = torch.arange(count * page), torch.arange(count)[None]
+        return cls(table, torch.zeros_like(slots), slots, slots, torch.tensor([len(slots)]), page)
+
+    @functools.cached_property
+    def beside(self) -> Tensor:
+        """[T] int64: the token in the next slot of the same pair, _ALONE, or _BY_ITS_NEIGHBOUR for one that is it."""
+        slots = self.pages * self.page + self.offsets
+        ordered, order = slots.sort()
+        follows = (ordered[1:] == ordered[:-1] + 1) & (ordered[:-1] % 2 == 0)
+        beside = torch.full_like(slots, _ALONE)
+        beside[order[:-1][follows]] = order[1:][follows]
+        beside[order[1:][follows]] = _BY_ITS_NEIGHBOUR
+        return beside
+
+    def items(self, share: int, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries of the tokens `read`, or of all, a few of one sequence at a time.
+
+        That is: tokens [N], where each item's begin and the last one's end [I + 1], and sequences [I]. A thread takes
+        neighbours, so each gets items of much work and of little.
+
+        Args:
+            share: heads that share keys.
+            read: [N] int64.
+        """
+        if read is None and share in self._items:
+            return self._items[share]
+        tokens = torch.arange(len(self.slots)) if read is None else read.unique()
+        owners, at_once = self.owners[tokens], max(1, _QUERIES_AT_ONCE // share)
+        starts = torch.ones(len(tokens), dtype=torch.bool)
+        starts[1:] = owners[1:] != owners[:-1]
+        firsts = starts.nonzero()[:, 0]
+        place = torch.arange(len(tokens)) - firsts[starts.cumsum(0) - 1]
+        bounds = torch.cat([(place % at_once == 0).nonzero()[:, 0], torch.tensor([len(tokens)])])
+        work = (self.slots[tokens[bounds[1:] - 1]] + 1) * (bounds[1:] - bounds[:-1])
+        order = work.argsort(descending=True, stable=True)
+        threads = torch.get_num_threads()
+        order = torch.cat([order[thread::threads] for thread in range(threads)])
+        sizes = (bounds[1:] - bounds[:-1])[order]
+        begin = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        within = torch.arange(len(tokens)) - begin[:-1].repeat_interleave(sizes)
+        made = tokens[bounds[:-1][order].repeat_interleave(sizes) + within], begin, owners[bounds[:-1][order]]
+        if read is None:
+            self._items[share] = made
+        return made
+
+
+def store(x: Tensor, columns: tuple[int, int], sizes: tuple[int, int], places: Places, pages: Tensor) -> None:
+    """Store keys and values of tokens, rounded to the dtype of `pages`.
+
+    Args:
+        x: [T, *] float32, contiguous.
+        columns: where keys of all heads begin, and where values do.
+        sizes: D, Dv.
+        places: of the tokens.
+        pages: [pages, G, page, sum of `page_sizes`] float32 or bfloat16, contiguous.
+    """
+    run(
+        _STORE[pages.dtype], x.numel(), memory(x), *columns, *sizes, places.pages.numpy(), places.offsets.numpy(),
+        places.beside.numpy(), _words(pages), places.page,
+    )  # fmt: skip
+
+
+def copy(pages: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy whole `pages`: those of numbers `sources` [n] int64 to those of `targets` [n], which are others."""
+    words = _words(pages)
+    run(_COPY, len(sources) * words[0].size, words, sources.numpy(), targets.numpy())
+
+
+def stored_keys(pages: Tensor, dk: int) -> Tensor:
+    """Return the keys that `store` put in `pages` [n, 1, page, *], one slot after the other [n * page, dk] float32."""
+    per_word = 2 if pages.dtype == torch.bfloat16 else 1
+    count, page, terms = len(pages), pages.shape[2], -(-dk // per_word)
+    blocks = pages.flatten(1)[:, : page * terms * per_word].view(count, page // LANES, terms, LANES, per_word)
+    return blocks.transpose(2, 3).reshape(count * page, terms * per_word)[:, :dk].float()
+
+
+def attend(
+    q: Tensor,
+    heads: int,
+    pages: Tensor,
+    sizes: tuple[int, int],
+    places: Places,
+    trees: tuple[Tensor, Tensor],
+    scale: float,
+    out: Tensor,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    read: Tensor | None = None,
+) -> None:
+    """Write softmax(q kᵀ scale) v over what each query sees into `out` [T, H * Dv] float32.
+
+    Queries and weights are rounded to the dtype of `pages`; sums are float32.
+
+    Args:
+        q: [T, *] float32, contiguous; queries of all heads stand first.
+        heads: H.
+        pages: as `store` left them.
+        sizes: D, Dv.
+        places: of the tokens.
+        trees: each sequence's tree [B] int64, and of each tree whether a branch sees another, and itself
+            [trees, n, n] bool.
+        scale: multiplies the scores.
+        out: contiguous; rows beside those `read` are left as they are.
+        window: how many positions a query sees, which `trees` hide already; None for all.
+        sinks: [H], one more score per head, which takes its share of the softmax and adds nothing.
+        read: [N] int64, the tokens asked for; None for all.
+    """
+    tokens, starts, owners = places.items(heads // pages.shape[1], read)
+    value = np.empty(0, np.uint16 if pages.dtype == torch.bfloat16 else np.float32)
+    each = torch.full((heads,), float("-inf")) if sinks is None else sinks
+    run(
+        _ATTEND, len(tokens) * heads * 2**10, memory(q), _words(pages), places.page, *sizes, places.table.numpy(),
+        tokens.numpy(), starts.numpy(), owners.numpy(), places.slots.numpy(), places.positions.numpy(),
+        places.ends.numpy(), *(x.numpy() for x in trees), window or 0, np.float32(scale), memory(each), value,
+        memory(out),
+    )  # fmt: skip
+
+
+def _words(pages: Tensor) -> Any:
+    """Return [pages, G, words], pairs of bfloat16 or float32."""
+    flat = pages.flatten(2)
+    return flat.view(torch.uint32).numpy() if pages.dtype == torch.bfloat16 else flat.numpy()
