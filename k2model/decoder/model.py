@@ -169,7 +169,7 @@ def page_pool(config: ModelConfig, kept: torch.dtype, card: torch.device | None 
         return PagePool(config.num_hidden_layers, heads, width, kept, card, page)
     dtype = torch.bfloat16 if kept == torch.bfloat16 else torch.float32
     width = sum(cpu_attention.page_sizes(*sizes))
-    return PagePool(config.num_hidden_layers, heads, width, dtype, torch.device("cpu"), page)
+    return PagePool(config.num_hidden_layers, heads, width, dtype, torch.device("cpu"), page, is_zeroed=False)
 
 
 def read_layer(

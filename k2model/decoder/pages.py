@@ -21,10 +21,30 @@ class PagePool:
     """The pages of a decoder. They grow in number as they are needed, which moves them in memory."""
 
     def __init__(
-        self, num_layers: int, kv_heads: int, width: int, dtype: torch.dtype, device: torch.device, page: int = PAGE
+        self,
+        num_layers: int,
+        kv_heads: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page: int = PAGE,
+        *,
+        is_zeroed: bool = True,
     ) -> None:
+        """Make a pool without pages.
+
+        Args:
+            num_layers: of the decoder.
+            kv_heads: G.
+            width: values of a slot and head.
+            dtype: of these.
+            device: where pages are.
+            page: slots of each.
+            is_zeroed: for kernels that multiply what nobody stored by 0; else memory is taken as pages are written.
+        """
         self.page = page
         self.device = device
+        self._make = torch.zeros if is_zeroed else torch.empty
         self.layers = [torch.zeros(0, kv_heads, page, width, dtype=dtype, device=device) for _ in range(num_layers)]
         """Per layer [pages, G, page, width]: keys and values side by side, or the latent and the rotated key."""
         self._num_pages = 0
@@ -56,7 +76,7 @@ class PagePool:
     def _grow(self, num_pages: int) -> None:
         for index, layer in enumerate(self.layers):
             if len(layer) < num_pages:  # more, if memory was not enough for all layers before
-                self.layers[index] = layer.new_zeros(num_pages, *layer.shape[1:])
+                self.layers[index] = self._make(num_pages, *layer.shape[1:], dtype=layer.dtype, device=self.device)
                 self.layers[index][: self._num_pages] = layer[: self._num_pages]
         self._free.extend(range(self._num_pages, num_pages))
         self._num_pages = num_pages
