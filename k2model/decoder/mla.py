@@ -1,7 +1,8 @@
 """Multi-head latent attention, arXiv 2405.04434: the cache holds one latent and one rotated key per token.
 
 Prefill expands latents into every head's keys and values; decoding absorbs the expansion into the query and the output
-instead, and attends to the latents themselves, as one key-value head of width rank + rope.
+instead, and attends to the latents themselves, as one key-value head of width rank + rope. In memory a page holds a
+latent twice, as the key and as the value that it is: products read them in different orders.
 
 Legend: T tokens of the step, D hidden_size, H heads, R kv_lora_rank, B sequences of a group, S keys.
 """

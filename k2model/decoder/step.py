@@ -5,7 +5,7 @@ candidate tree. Attention reads them from slot 0 on, in that order, so that a to
 sequence and its slot alone: not of the batch, nor of what the sequence shares with others, nor of the steps its prompt
 was cut into.
 
-Legend: T tokens of the step, B sequences, G key-value heads, H heads, D head size of keys, Dv of values.
+Legend: T tokens of the step, B sequences.
 """
 
 import functools
