@@ -44,7 +44,7 @@ class PagePool:
         """
         self.page = page
         self.device = device
-        self._make = torch.zeros if is_zeroed else torch.empty
+        self._is_zeroed = is_zeroed
         self.layers = [torch.zeros(0, kv_heads, page, width, dtype=dtype, device=device) for _ in range(num_layers)]
         """Per layer [pages, G, page, width]: keys and values side by side, or the latent and the rotated key."""
         self._num_pages = 0
@@ -76,7 +76,8 @@ class PagePool:
     def _grow(self, num_pages: int) -> None:
         for index, layer in enumerate(self.layers):
             if len(layer) < num_pages:  # more, if memory was not enough for all layers before
-                self.layers[index] = self._make(num_pages, *layer.shape[1:], dtype=layer.dtype, device=self.device)
+                make = layer.new_zeros if self._is_zeroed else layer.new_empty
+                self.layers[index] = make(num_pages, *layer.shape[1:])
                 self.layers[index][: self._num_pages] = layer[: self._num_pages]
         self._free.extend(range(self._num_pages, num_pages))
         self._num_pages = num_pages
