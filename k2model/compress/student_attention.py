@@ -92,6 +92,7 @@ class Packed:
         self._sizes = torch.tensor([len(token_ids) + len(branches.token_ids) for token_ids, branches in own])
         self._found_few: tuple[list[Few], Tensor] | None = None
         self._found_places: tuple[Tensor, Places, Places] | None = None
+        self._found_trees: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def attend(self, q: Tensor, kv: Tensor, config: AttentionConfig, window: int | None, kept: torch.dtype) -> Tensor:
         """Return [T, H * head_dim] as the engine computes it of keys and values kept as `kept`.
@@ -128,12 +129,18 @@ class Packed:
         columns = 0, k.shape[1] * config.head_dim
         cpu_attention.store(torch.cat([k.flatten(1), v.flatten(1)], dim=1), columns, sizes, stored_places, pages)
         out = torch.empty(len(q), q.shape[1] * config.head_dim)
-        branches = [*([Branches()] if self._start else []), *(branches for _, branches in self._own)]
         cpu_attention.attend(
-            q.reshape(len(q), -1).contiguous(), q.shape[1], pages, sizes, places, trees_of(branches, window),
+            q.reshape(len(q), -1).contiguous(), q.shape[1], pages, sizes, places, self._trees(window),
             config.softmax_scale, out, window=window,
         )  # fmt: skip
         return out
+
+    def _trees(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return `trees_of` the instructions, if there are any, and the examples: the same for every layer."""
+        if window not in self._found_trees:
+            instructions = [Branches()] if self._start else []
+            self._found_trees[window] = trees_of([*instructions, *(branches for _, branches in self._own)], window)
+        return self._found_trees[window]
 
     def _places(self) -> tuple[Tensor, Places, Places]:
         """Return the packed tokens that are stored, where these stand in pages, and where the packed tokens do.

@@ -77,7 +77,7 @@ class Step:
         self.pages = [self._pages_of(span) for span in spans]
         sizes = [span.size for span in spans]
         bounds = [0, *accumulate(sizes)]
-        self.rows = [slice(start, start + size) for start, size in zip(bounds, sizes, strict=False)]
+        self.rows = [slice(*bound) for bound in pairwise(bounds)]
         """Span to its tokens."""
         self.num_prompt_tokens = sum(span.size for span in spans if not span.decodes)
         """Those that do not decode, which stand first."""
