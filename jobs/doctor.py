@@ -149,10 +149,12 @@ def processor() -> Check:
 def int8() -> Check:
     """Return whether the processor's INT8 product is exact and fast."""
     from kernels.cpu import has_int8_product
+    from kernels.dot_tiles import HAS_INT16_PAIRS
 
     if has_int8_product():
         return Check(name="int8", state="ok", message="exact in int32 through oneDNN")
-    message = "oneDNN has no exact or no fast int8 product here, so sums go through float32: the same bits, but slower"
+    way = "pairs of int16" if HAS_INT16_PAIRS else "float32"
+    message = f"oneDNN has no exact or no fast int8 product here, so they go through {way}: the same bits, but slower"
     return Check(name="int8", state="warn", message=message, remedy="use a processor with VNNI or AMX")
 
 

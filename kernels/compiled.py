@@ -51,13 +51,18 @@ def widen(row: Any, out: Any) -> None:
 
 
 @inline
+def nearest(bits: Any) -> Any:
+    """Return float32 `bits` as those of bfloat16, to nearest even, in the low half; NaN stays one."""
+    rounded = bits + _HIGH + ((bits >> _WORD) & _LAST)
+    return (_NAN if (bits & _POSITIVE) > _INFINITY else rounded) >> _WORD
+
+
+@inline
 def narrow(row: Any, out: Any) -> None:
-    """Write float32 `row` as bfloat16, to nearest even; NaN stays one."""
+    """Write float32 `row` as bfloat16, to nearest even."""
     bits = row.view(np.uint32)
     for i in range(row.size):
-        value = bits[i]
-        nearest = value + _HIGH + ((value >> _WORD) & _LAST)
-        out[i] = np.uint16((_NAN if (value & _POSITIVE) > _INFINITY else nearest) >> _WORD)
+        out[i] = np.uint16(nearest(bits[i]))
 
 
 def memory(x: Tensor) -> npt.NDArray[Any]:

@@ -19,8 +19,8 @@ from numba.extending import overload
 from torch import Tensor
 
 from kernels import dot_tiles
-from kernels.compiled import as_float32, both, inline, memory, narrow, run
-from kernels.dot_tiles import LANES, ROWS, VECTORS
+from kernels.compiled import as_float32, both, inline, memory, narrow, nearest, run
+from kernels.dot_tiles import LANES, PAIRED, ROWS, VECTORS
 from kernels.rowwise import FARTHEST, exp
 
 _QUERIES_AT_ONCE = 24
@@ -44,25 +44,30 @@ def page_sizes(dk: int, dv: int) -> tuple[int, int]:
     return -(-dk // 2) * 2, -(-dv // LANES) * LANES
 
 
-def _rounded(row: Any, out: Any) -> None:
-    """Write float32 `row` as what `out` holds: float32, or bfloat16 as its bits."""
+def _rounded(row: Any, out: Any, pages: Any) -> None:
+    """Write float32 `row` rounded to what `pages` hold: as it is, as the bits of bfloat16, or as these widened."""
 
 
 @overload(_rounded)
-def _rounded_to(row: Any, out: Any) -> Any:
-    def narrowed(row: Any, out: Any) -> None:
+def _rounded_to(row: Any, out: Any, pages: Any) -> Any:
+    def narrowed(row: Any, out: Any, pages: Any) -> None:
         narrow(row, out)
 
-    def copied(row: Any, out: Any) -> None:
+    def rounded(row: Any, out: Any, pages: Any) -> None:
+        bits, to = row.view(np.uint32), out.view(np.uint32)
+        for i in range(row.size):
+            to[i] = nearest(bits[i]) << _HALF_WORD
+
+    def copied(row: Any, out: Any, pages: Any) -> None:
         for i in range(row.size):
             out[i] = row[i]
 
-    return narrowed if out.dtype == numba.uint16 else copied
+    return narrowed if out.dtype == numba.uint16 else rounded if pages.dtype == numba.uint32 else copied
 
 
 @inline
 def _scores(
-    q: Any, rows: Any, terms: Any, keys: Any, first: Any, vectors: Any, out: Any, column: Any, width: Any
+    q: Any, rows: Any, q_row: Any, terms: Any, keys: Any, first: Any, vectors: Any, out: Any, column: Any, width: Any
 ) -> None:
     """Write products of `rows` queries and the keys of `vectors` times 16 slots."""
     for r in range(0, rows, ROWS):
@@ -70,10 +75,10 @@ def _scores(
         while j < vectors:
             at, to = first + j * terms * LANES, r * width + column + j * LANES
             if vectors - j >= VECTORS:
-                _anew_wide(q, r * terms, terms, keys, at, terms * LANES, LANES, out, to, width, terms)
+                _anew_wide(q, r * q_row, q_row, keys, at, terms * LANES, LANES, out, to, width, terms)
                 j += VECTORS
             else:
-                _anew(q, r * terms, terms, keys, at, terms * LANES, LANES, out, to, width, terms)
+                _anew(q, r * q_row, q_row, keys, at, terms * LANES, LANES, out, to, width, terms)
                 j += 1
 
 
@@ -127,8 +132,8 @@ def _share(row: Any, top: Any, sink: Any) -> Any:
 
 
 @inline
-def _weigh(scores: Any, rows: Any, width: Any, scale: Any, sinks: Any, weights: Any) -> None:
-    """Write softmax(scores * scale) of `rows` rows into `weights`, rounded; row r has sink r % len(sinks).
+def _weigh(scores: Any, rows: Any, width: Any, scale: Any, sinks: Any, weights: Any, pages: Any) -> None:
+    """Write softmax(scores * scale) of `rows` rows into `weights`, rounded as `pages` are; row r has sink r % sinks.size.
 
     Each pass is over all rows: what one hangs on is long known, which saves a quarter of the time.
     """
@@ -143,7 +148,7 @@ def _weigh(scores: Any, rows: Any, width: Any, scale: Any, sinks: Any, weights: 
         row = scores[r * width : (r + 1) * width]
         for i in range(width):
             row[i] *= shares[r]
-        _rounded(row, weights[r * width : (r + 1) * width])
+        _rounded(row, weights[r * width : (r + 1) * width], pages)
 
 
 @inline
@@ -163,11 +168,11 @@ def _hide(row: Any, first: Any, slot: Any, end: Any, tree: Any) -> None:
 
 def _attend(
     q: Any, pages: Any, slots_of_page: Any, dk: Any, dv: Any, table: Any, tokens: Any, starts: Any, owners: Any,
-    slots: Any, positions: Any, ends: Any, tree_of: Any, trees: Any, window: Any, scale: Any, sinks: Any, value: Any,
-    out: Any,
+    slots: Any, positions: Any, ends: Any, tree_of: Any, trees: Any, window: Any, scale: Any, sinks: Any,
+    per_word: Any, value: Any, word: Any, out: Any,
 ) -> None:  # fmt: skip
     groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
-    share, per_word = sinks.size // groups, pages.itemsize // value.itemsize
+    share, per_term = sinks.size // groups, per_word * value.itemsize // word.itemsize
     k_width, v_width = (dk + per_word - 1) // per_word * per_word, (dv + LANES - 1) // LANES * LANES
     terms, values_at = k_width // per_word, slots_of_page * k_width // per_word
     for i in numba.prange(owners.size * groups):
@@ -185,27 +190,29 @@ def _attend(
         for n in range(own.size):
             for h in range(share):
                 at = (n * share + h) * k_width
-                _rounded(q[own[n], (g * share + h) * dk : (g * share + h + 1) * dk], queries[at : at + dk])
+                _rounded(q[own[n], (g * share + h) * dk : (g * share + h + 1) * dk], queries[at : at + dk], pages)
         scores, weights = np.empty(rows * width, np.float32), np.empty(rows * width, value.dtype)
         weights[own.size * share * width :] = 0
         for page in range(first_page, last_page + 1):
             at = (table[owner, page] * groups + g) * words
             vectors = (min(end - page * slots_of_page, slots_of_page) + LANES - 1) // LANES
             column = page * slots_of_page - base
-            _scores(queries.view(pages.dtype), rows, terms, memory_, at, vectors, scores, column, width)
+            _scores(
+                queries.view(word.dtype), rows, terms * per_term, terms, memory_, at, vectors, scores, column, width
+            )
         stop, tree = ends[owner], trees[tree_of[owner]]
         for n in range(own.size):
             slot = slots[own[n]]
             first = max(0, min(positions[own[n]] - window + 1, stop)) if window else 0
             for r in range(n * share, (n + 1) * share):
                 _hide(scores[r * width : (r + 1) * width], first - base, slot - base, stop - base, tree)
-        _weigh(scores, own.size * share, width, scale, sinks[g * share : (g + 1) * share], weights)
+        _weigh(scores, own.size * share, width, scale, sinks[g * share : (g + 1) * share], weights, pages)
         summed = np.zeros(rows * v_width, np.float32)
         for page in range(first_page, last_page + 1):
             at = (table[owner, page] * groups + g) * words + values_at
             count = (min(end - page * slots_of_page, slots_of_page) + per_word - 1) // per_word
-            column = (page * slots_of_page - base) // per_word
-            _add_values(weights.view(pages.dtype), rows, column, width // per_word, count, memory_, at, v_width, summed)
+            first, row = (page * slots_of_page - base) // per_word * per_term, width // per_word * per_term
+            _add_values(weights.view(word.dtype), rows, first, row, count, memory_, at, v_width, summed)
         for n in range(own.size):
             for h in range(share):
                 at = (n * share + h) * v_width
@@ -263,6 +270,13 @@ def _copy(pages: Any, sources: Any, targets: Any) -> None:
 
 _ATTEND, _COPY = both(_attend), both(_copy)
 _STORE = {torch.float32: both(_store_float32), torch.bfloat16: both(_store_bfloat16)}
+
+_FLOAT32 = np.empty(0, np.float32)
+_VALUE_AND_WORD = {
+    torch.float32: (_FLOAT32, _FLOAT32),
+    torch.bfloat16: (np.empty(0, PAIRED), np.empty(0, np.uint32) if PAIRED is np.uint16 else _FLOAT32),
+}
+"""Of pages: in what queries and weights are written, and in what a tile reads them."""
 
 
 class Places:
@@ -398,13 +412,13 @@ def attend(
         read: [N] int64, the tokens asked for; None for all.
     """
     tokens, starts, owners = places.items(heads // pages.shape[1], read)
-    value = np.empty(0, np.uint16 if pages.dtype == torch.bfloat16 else np.float32)
+    value, word = _VALUE_AND_WORD[pages.dtype]
     each = torch.full((heads,), float("-inf")) if sinks is None else sinks
     run(
         _ATTEND, len(tokens) * heads * 2**10, memory(q), _words(pages), places.page, *sizes, places.table.numpy(),
         tokens.numpy(), starts.numpy(), owners.numpy(), places.slots.numpy(), places.positions.numpy(),
-        places.ends.numpy(), *(x.numpy() for x in trees), window or 0, np.float32(scale), memory(each), value,
-        memory(out),
+        places.ends.numpy(), *(x.numpy() for x in trees), window or 0, np.float32(scale), memory(each),
+        4 // pages.itemsize, value, word, memory(out),
     )  # fmt: skip
 
 

@@ -304,10 +304,11 @@ def test_int8_products_with_and_without_the_instruction_give_the_same_bits(
         weight = torch.randint(low, 128, (n, k), generator=generator, dtype=torch.int8)
         x_scale, weight_scale = torch.rand(rows_, generator=generator), torch.rand(n, generator=generator)
         expected = reference.int8_linear(x, x_scale, weight, weight_scale)
-        for has_product in (True, False):
+        for has_product, has_pairs in ((True, True), (False, True), (False, False)):
             if has_product and not torch.equal(torch._int_mm(x, weight.t()), reference.int8_matmul(x, weight)):
                 continue  # an old processor: has_int8_product() says no there
             monkeypatch.setattr(cpu, "has_int8_product", lambda has_product=has_product: has_product)
+            monkeypatch.setattr(cpu, "HAS_INT16_PAIRS", has_pairs)
             assert torch.equal(cpu.int8_linear(x, x_scale, weight, weight_scale), expected)
 
 

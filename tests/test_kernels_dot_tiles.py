@@ -12,32 +12,39 @@ import torch
 from torch import Tensor
 
 from kernels import dot_tiles
-from kernels.dot_tiles import LANES, ROWS
+from kernels.dot_tiles import INT_ROWS, LANES, ROWS
 
 _anew, _more = dot_tiles.tile(1, anew=True), dot_tiles.tile(1, anew=False)
 _anew_wide = dot_tiles.tile(dot_tiles.VECTORS, anew=True)
 
 
 @numba.njit
-def products(a: Any, b: Any, c: Any, wide: bool, anew: bool) -> None:
+def products(a: Any, b: Any, c: Any, wide: bool, anew: bool, rows: int = ROWS) -> None:
     """Write a [rows, N] @ b [N, vectors, LANES] as c [rows, vectors, LANES], or add it."""
-    n, vectors = b.shape[0], b.shape[1]
+    n, vectors, row = b.shape[0], b.shape[1], a.shape[1]
     step = dot_tiles.VECTORS if wide else 1
-    for r in range(0, a.shape[0], ROWS):
+    for r in range(0, a.shape[0], rows):
         for j in range(0, vectors, step):
             at, to = j * LANES, r * vectors * LANES + j * LANES
             x, y, z = a.reshape(-1), b.reshape(-1), c.reshape(-1)
             if not anew:
-                _more(x, r * n, n, y, at, LANES, vectors * LANES, z, to, vectors * LANES, n)
+                _more(x, r * row, row, y, at, LANES, vectors * LANES, z, to, vectors * LANES, n)
             elif wide:
-                _anew_wide(x, r * n, n, y, at, LANES, vectors * LANES, z, to, vectors * LANES, n)
+                _anew_wide(x, r * row, row, y, at, LANES, vectors * LANES, z, to, vectors * LANES, n)
             else:
-                _anew(x, r * n, n, y, at, LANES, vectors * LANES, z, to, vectors * LANES, n)
+                _anew(x, r * row, row, y, at, LANES, vectors * LANES, z, to, vectors * LANES, n)
 
 
 def words(x: Tensor) -> Any:
-    """Return bfloat16 [*, 2 N] as pairs [*, N], float32 as it is."""
-    return x.view(torch.uint32).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    """Return bfloat16 or int16 [*, 2 N] as pairs [*, N], float32 as it is."""
+    words_of = {torch.bfloat16: torch.uint32, torch.int16: torch.int32}
+    return x.view(words_of.get(x.dtype, x.dtype)).numpy()
+
+
+def as_rows(a: Tensor) -> Any:
+    """Return `a` as a tile takes its rows."""
+    widened = a.dtype == torch.bfloat16 and dot_tiles.PAIRED is np.float32
+    return a.float().numpy() if widened else words(a)
 
 
 def case(dtype: torch.dtype, rows: int, n: int, vectors: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +80,7 @@ def one_after_the_other(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
 def test_sums_are_those_of_terms_one_after_the_other(dtype: torch.dtype, n: int, wide: bool) -> None:
     a, b = case(dtype, 2 * ROWS, n, 4)
     c = np.full((2 * ROWS, 4, LANES), np.nan, np.float32)
-    products(words(a), as_tile_reads(b), c, wide, True)
+    products(as_rows(a), as_tile_reads(b), c, wide, True)
     expected = one_after_the_other(a, b, torch.zeros(2 * ROWS, 4 * LANES))
     assert torch.equal(torch.from_numpy(c).view(2 * ROWS, -1), expected)
 
@@ -82,18 +89,56 @@ def test_sums_are_those_of_terms_one_after_the_other(dtype: torch.dtype, n: int,
 def test_a_sum_goes_on_where_it_was(dtype: torch.dtype) -> None:
     a, b = case(dtype, ROWS, 24, 1)
     whole, parts = np.full((ROWS, 1, LANES), np.nan, np.float32), np.zeros((ROWS, 1, LANES), np.float32)
-    products(words(a), as_tile_reads(b), whole, False, True)
+    products(as_rows(a), as_tile_reads(b), whole, False, True)
     cut = a.shape[1] // 3
     for some in (slice(0, cut), slice(cut, None)):
-        products(words(a[:, some].contiguous()), as_tile_reads(b[:, some].contiguous()), parts, False, False)
+        products(as_rows(a[:, some].contiguous()), as_tile_reads(b[:, some].contiguous()), parts, False, False)
     assert np.array_equal(whole, parts)
 
 
+@pytest.mark.parametrize("n", [1, 2, 37])
+@pytest.mark.parametrize("wide", [False, True])
+def test_sums_of_int16_are_exact_and_go_on(n: int, wide: bool) -> None:
+    a, b = int16_case(2 * INT_ROWS, n, 4)
+    c = np.full((2 * INT_ROWS, 4, LANES), 123, np.int32)
+    products(words(a), as_tile_reads(b), c, wide, True, INT_ROWS)
+    exact = (a.long() @ b.long().t()).view(len(a), 4, LANES)
+    assert np.array_equal(c, exact)
+    products(words(a), as_tile_reads(b), c, False, False, INT_ROWS)
+    assert np.array_equal(c, 2 * exact)
+
+
+def int16_case(rows: int, n: int, vectors: int) -> tuple[Tensor, Tensor]:
+    """Return what `case` does, of int8's values; the first row and vector are of the largest."""
+    generator = torch.Generator().manual_seed(n)
+    shapes = (rows, 2 * n), (vectors * LANES, 2 * n)
+    a, b = (torch.randint(-127, 128, shape, dtype=torch.int16, generator=generator) for shape in shapes)
+    a[0], b[:LANES] = -127, -127
+    return a, b
+
+
+@pytest.mark.parametrize("row", [LANES, 37])
+def test_rows_of_int8_are_interleaved_as_pairs(row: int) -> None:
+    x = torch.arange(2 + LANES * row).mul(37).to(torch.int8)
+    out = np.full(2 + LANES * LANES // 2, 123, np.int32)
+    interleaved(x.numpy(), row, out)
+    expected = words(x[2:].view(LANES, row)[:, :LANES].to(torch.int16).contiguous()).T
+    assert np.array_equal(out[1:-1].reshape(LANES // 2, LANES), expected)
+    assert out[0] == out[-1] == 123
+
+
+@numba.njit
+def interleaved(x: Any, row: int, out: Any) -> None:
+    dot_tiles.interleave(x, 2, row, out, 1)
+
+
 def digest() -> str:
-    a, b = case(torch.bfloat16, ROWS, 64, 4)
-    c = np.empty((ROWS, 4, LANES), np.float32)
-    products(words(a), as_tile_reads(b), c, True, True)
-    return c.tobytes().hex()
+    made = []
+    for a, b in (case(torch.bfloat16, ROWS, 64, 4), int16_case(INT_ROWS, 64, 4)):
+        c = np.empty((len(a), 4, LANES), np.int32 if a.dtype == torch.int16 else np.float32)
+        products(as_rows(a), as_tile_reads(b), c, True, True, len(a))
+        made.append(c.tobytes().hex())
+    return " ".join(made)
 
 
 @pytest.mark.parametrize("features", ["", "+avx2,+fma"])
