@@ -133,7 +133,7 @@ def _share(row: Any, top: Any, sink: Any) -> Any:
 
 @inline
 def _weigh(scores: Any, rows: Any, width: Any, scale: Any, sinks: Any, weights: Any, pages: Any) -> None:
-    """Write softmax(scores * scale) of `rows` rows into `weights`, rounded as `pages` are; row r has sink r % sinks.size.
+    """Write softmax(scores * scale) into `weights`, rounded as `pages` are; of `rows` rows, r has sink r % len(sinks).
 
     Each pass is over all rows: what one hangs on is long known, which saves a quarter of the time.
     """
