@@ -50,7 +50,7 @@ def has_int8_product() -> bool:
     Each is timed five times, in turn: of a single time one that waited for a core is the slower, and a process that so
     took float32 ran at a fifth of its rate.
     """
-    x = torch.full((256, 1536), 127, dtype=torch.int8)
+    x = torch.full((64, 1536), 127, dtype=torch.int8)
     x[1::2] = -127
     weight = torch.full((512, 1536), -127, dtype=torch.int8)
     weight[::3] = 127

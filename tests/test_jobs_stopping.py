@@ -77,12 +77,17 @@ from jobs.cli import leave, main
 def refuse(*given):
     raise ConnectionRefusedError("nobody listens")
 
+class Engine(FakeEngine):
+    def submit(self, requests):
+        pathlib.Path(sys.argv[3]).touch()
+        return super().submit(requests)
+
 def open_engine(plan):
-    pathlib.Path(sys.argv[3]).touch()
     pause_s = float(sys.argv[2])
     if pause_s < 0:
+        pathlib.Path(sys.argv[3]).touch()
         storage._write_local = refuse
-    return FakeEngine(fingerprint=plan.model_fingerprint, pause_s=max(0.0, pause_s))
+    return Engine(fingerprint=plan.model_fingerprint, pause_s=max(0.0, pause_s))
 
 if __name__ == "__main__":
     leave(main(["run", sys.argv[1], *sys.argv[4:], "--json"], open_engine=open_engine))
@@ -91,9 +96,10 @@ if __name__ == "__main__":
 
 @contextmanager
 def driven(job: Path, pause_s: float, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    """Yield a process, in a group of its own, that runs the job, once its model is open; a unit takes `pause_s`.
+    """Yield a process, in a group of its own, that runs the job, once a unit, which takes `pause_s`, is under way.
 
-    Or once it has ended, if it has a limit.
+    Or once the model is open and has taken the store away, if `pause_s` is negative; or once it has ended, if it has a
+    limit.
     """
     script, mark = job.with_name("drive.py"), job.with_name("open")
     script.write_text(DRIVER)
