@@ -223,7 +223,7 @@ def _rows(x: Tensor) -> Tensor:
 def _attended(q: Tensor, h: int, k: Tensor, v: Tensor, owners: Tensor, keys: int, scale: float) -> Callable[[], object]:
     """Return attention [B, H, L, Dv] of the last queries of each sequence, over `keys` rows of k and v in pages."""
     from kernels import cpu_attention
-    from kernels.cpu_attention import Places
+    from kernels.places import Places
 
     sizes, count, (g, d) = (k.shape[2], v.shape[2]), len(k) // keys, k.shape[1:]
     table = torch.arange(-(-keys // _PAGE) * count).view(count, -1)

@@ -9,7 +9,6 @@ Legend: T tokens of a step, B sequences, H heads, G key-value heads, D head size
 queries asked for, I items.
 """
 
-import functools
 from typing import Any
 
 import numba
@@ -21,10 +20,8 @@ from torch import Tensor
 from kernels import dot_tiles
 from kernels.compiled import as_float32, both, inline, memory, narrow, nearest, run
 from kernels.dot_tiles import LANES, PAIRED, ROWS, VECTORS
+from kernels.places import BY_ITS_NEIGHBOUR, Places
 from kernels.rowwise import FARTHEST, exp
-
-_QUERIES_AT_ONCE = 24
-"""Rows, heads that share keys times tokens, that read a page while it is in the cache."""
 
 _ZERO, _HALF, _ONE, _NAN, _HIDDEN = (np.float32(value) for value in (0, 0.5, 1, np.nan, -np.inf))
 _FAR = 2**62
@@ -33,7 +30,6 @@ _UNIT = np.float32(2**30)
 _LOWEST, _SIGN_SHIFT = np.int32(-(2**31)), np.int32(31)
 _NO_SIGN, _INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _LOW, _HALF_WORD = np.uint32(0xFFFF), np.uint32(16)
-_ALONE, _BY_ITS_NEIGHBOUR = -1, -2
 
 _anew, _anew_wide = dot_tiles.tile(1, anew=True), dot_tiles.tile(VECTORS, anew=True)
 _more, _more_wide = dot_tiles.tile(1, anew=False), dot_tiles.tile(VECTORS, anew=False)
@@ -167,11 +163,11 @@ def _hide(row: Any, first: Any, slot: Any, end: Any, tree: Any) -> None:
 
 
 def _attend(
-    q: Any, pages: Any, slots_of_page: Any, dk: Any, dv: Any, table: Any, tokens: Any, starts: Any, owners: Any,
-    slots: Any, positions: Any, ends: Any, tree_of: Any, trees: Any, window: Any, scale: Any, sinks: Any,
+    q: Any, pages: Any, passing: Any, slots_of_page: Any, dk: Any, dv: Any, table: Any, tokens: Any, starts: Any,
+    owners: Any, slots: Any, positions: Any, ends: Any, tree_of: Any, trees: Any, window: Any, scale: Any, sinks: Any,
     per_word: Any, value: Any, word: Any, out: Any,
 ) -> None:  # fmt: skip
-    groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
+    groups, words, kept, passed = pages.shape[1], pages.shape[2], pages.reshape(-1), passing.reshape(-1)
     share, per_term = sinks.size // groups, per_word * value.itemsize // word.itemsize
     k_width, v_width = (dk + per_word - 1) // per_word * per_word, (dv + LANES - 1) // LANES * LANES
     terms, values_at = k_width // per_word, slots_of_page * k_width // per_word
@@ -194,7 +190,8 @@ def _attend(
         scores, weights = np.empty(rows * width, np.float32), np.empty(rows * width, value.dtype)
         weights[own.size * share * width :] = 0
         for page in range(first_page, last_page + 1):
-            at = (table[owner, page] * groups + g) * words
+            number = table[owner, page]
+            memory_, at = passed if number < 0 else kept, (max(number, ~number) * groups + g) * words
             vectors = (min(end - page * slots_of_page, slots_of_page) + LANES - 1) // LANES
             column = page * slots_of_page - base
             _scores(
@@ -209,7 +206,8 @@ def _attend(
         _weigh(scores, own.size * share, width, scale, sinks[g * share : (g + 1) * share], weights, pages)
         summed = np.zeros(rows * v_width, np.float32)
         for page in range(first_page, last_page + 1):
-            at = (table[owner, page] * groups + g) * words + values_at
+            number = table[owner, page]
+            memory_, at = passed if number < 0 else kept, (max(number, ~number) * groups + g) * words + values_at
             count = (min(end - page * slots_of_page, slots_of_page) + per_word - 1) // per_word
             first, row = (page * slots_of_page - base) // per_word * per_term, width // per_word * per_term
             _add_values(weights.view(word.dtype), rows, first, row, count, memory_, at, v_width, summed)
@@ -221,13 +219,15 @@ def _attend(
 
 
 def _store_float32(
-    x: Any, k_at: Any, v_at: Any, dk: Any, dv: Any, page: Any, offset: Any, beside: Any, pages: Any, slots_of_page: Any
-) -> None:
-    groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
+    x: Any, k_at: Any, v_at: Any, dk: Any, dv: Any, page: Any, offset: Any, beside: Any, pages: Any, passing: Any,
+    slots_of_page: Any,
+) -> None:  # fmt: skip
+    groups, words, kept, passed = pages.shape[1], pages.shape[2], pages.reshape(-1), passing.reshape(-1)
     v_width = (dv + LANES - 1) // LANES * LANES
     for t in numba.prange(x.shape[0]):
+        memory_, first_word = passed if page[t] < 0 else kept, max(page[t], ~page[t]) * groups * words
         for g in range(groups):
-            at = (page[t] * groups + g) * words
+            at = first_word + g * words
             key_at = at + offset[t] // LANES * dk * LANES + offset[t] % LANES
             for i in range(dk):
                 memory_[key_at + i * LANES] = x[t, k_at + g * dk + i]
@@ -237,19 +237,21 @@ def _store_float32(
 
 
 def _store_bfloat16(
-    x: Any, k_at: Any, v_at: Any, dk: Any, dv: Any, page: Any, offset: Any, beside: Any, pages: Any, slots_of_page: Any
-) -> None:
-    groups, words, memory_ = pages.shape[1], pages.shape[2], pages.reshape(-1)
+    x: Any, k_at: Any, v_at: Any, dk: Any, dv: Any, page: Any, offset: Any, beside: Any, pages: Any, passing: Any,
+    slots_of_page: Any,
+) -> None:  # fmt: skip
+    groups, words, kept, passed = pages.shape[1], pages.shape[2], pages.reshape(-1), passing.reshape(-1)
     terms, v_width = (dk + 1) // 2, (dv + LANES - 1) // LANES * LANES
     for t in numba.prange(x.shape[0]):
         key, first, second = np.zeros(2 * terms, np.uint16), np.empty(dv, np.uint16), np.zeros(dv, np.uint16)
+        memory_, first_word = passed if page[t] < 0 else kept, max(page[t], ~page[t]) * groups * words
         for g in range(groups):
-            at = (page[t] * groups + g) * words
+            at = first_word + g * words
             narrow(x[t, k_at + g * dk : k_at + (g + 1) * dk], key[:dk])
             key_at, key_words = at + offset[t] // LANES * terms * LANES + offset[t] % LANES, key.view(np.uint32)
             for i in range(terms):
                 memory_[key_at + i * LANES] = key_words[i]
-            if beside[t] == _BY_ITS_NEIGHBOUR:
+            if beside[t] == BY_ITS_NEIGHBOUR:
                 continue
             value_at = at + slots_of_page * terms + offset[t] // 2 * v_width
             narrow(x[t, v_at + g * dv : v_at + (g + 1) * dv], first)
@@ -263,9 +265,12 @@ def _store_bfloat16(
                 memory_[value_at + i] = np.uint32(first[i]) | (np.uint32(second[i]) << _HALF_WORD)
 
 
-def _copy(pages: Any, sources: Any, targets: Any) -> None:
+def _copy(pages: Any, passing: Any, sources: Any, targets: Any) -> None:
     for n in numba.prange(sources.size):
-        pages[targets[n]] = pages[sources[n]]
+        if targets[n] < 0:
+            passing[~targets[n]] = pages[sources[n]]
+        else:
+            pages[targets[n]] = pages[sources[n]]
 
 
 _ATTEND, _COPY = both(_attend), both(_copy)
@@ -279,77 +284,14 @@ _VALUE_AND_WORD = {
 """Of pages: in what queries and weights are written, and in what a tile reads them."""
 
 
-class Places:
-    """Where tokens of a step stand: each in a slot of its sequence, whose pages stand in a table.
-
-    Args:
-        table: [B, most pages of one] int64, slot 0 first.
-        owners: [T] int64, token to sequence. Those of one sequence stand side by side, in the order of their slots.
-        slots: [T] int64.
-        positions: [T] int64: the slot; of a branch, how far it is behind the prompt's start.
-        ends: [B] int64: the slot behind the prompt, where branches begin.
-        page: slots of a page.
-    """
-
-    def __init__(
-        self, table: Tensor, owners: Tensor, slots: Tensor, positions: Tensor, ends: Tensor, page: int
-    ) -> None:
-        self.table, self.owners, self.slots, self.positions = table, owners, slots, positions
-        self.ends, self.page = ends, page
-        self.pages, self.offsets = table[owners, slots // page], slots % page
-        """[T] int64, both: each token's page and its slot there."""
-        self._items: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @classmethod
-    def of_pages(cls, count: int, page: int) -> "Places":
-        """Return where tokens stand that fill `count` pages, as one sequence."""
-        slots, table = torch.arange(count * page), torch.arange(count)[None]
-        return cls(table, torch.zeros_like(slots), slots, slots, torch.tensor([len(slots)]), page)
-
-    @functools.cached_property
-    def beside(self) -> Tensor:
-        """[T] int64: the token in the next slot of the same pair, _ALONE, or _BY_ITS_NEIGHBOUR for one that is it."""
-        slots = self.pages * self.page + self.offsets
-        ordered, order = slots.sort()
-        follows = (ordered[1:] == ordered[:-1] + 1) & (ordered[:-1] % 2 == 0)
-        beside = torch.full_like(slots, _ALONE)
-        beside[order[:-1][follows]] = order[1:][follows]
-        beside[order[1:][follows]] = _BY_ITS_NEIGHBOUR
-        return beside
-
-    def items(self, share: int, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries of the tokens `read`, or of all, a few of one sequence at a time.
-
-        That is: tokens [N], where each item's begin and the last one's end [I + 1], and sequences [I]. A thread takes
-        neighbours, so each gets items of much work and of little.
-
-        Args:
-            share: heads that share keys.
-            read: [N] int64.
-        """
-        if read is None and share in self._items:
-            return self._items[share]
-        tokens = torch.arange(len(self.slots)) if read is None else read.unique()
-        owners, at_once = self.owners[tokens], max(1, _QUERIES_AT_ONCE // share)
-        starts = torch.ones(len(tokens), dtype=torch.bool)
-        starts[1:] = owners[1:] != owners[:-1]
-        firsts = starts.nonzero()[:, 0]
-        place = torch.arange(len(tokens)) - firsts[starts.cumsum(0) - 1]
-        bounds = torch.cat([(place % at_once == 0).nonzero()[:, 0], torch.tensor([len(tokens)])])
-        work = (self.slots[tokens[bounds[1:] - 1]] + 1) * (bounds[1:] - bounds[:-1])
-        order = work.argsort(descending=True, stable=True)
-        threads = torch.get_num_threads()
-        order = torch.cat([order[thread::threads] for thread in range(threads)])
-        sizes = (bounds[1:] - bounds[:-1])[order]
-        begin = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        within = torch.arange(len(tokens)) - begin[:-1].repeat_interleave(sizes)
-        made = tokens[bounds[:-1][order].repeat_interleave(sizes) + within], begin, owners[bounds[:-1][order]]
-        if read is None:
-            self._items[share] = made
-        return made
-
-
-def store(x: Tensor, columns: tuple[int, int], sizes: tuple[int, int], places: Places, pages: Tensor) -> None:
+def store(
+    x: Tensor,
+    columns: tuple[int, int],
+    sizes: tuple[int, int],
+    places: Places,
+    pages: Tensor,
+    passing: Tensor | None = None,
+) -> None:
     """Store keys and values of tokens, rounded to the dtype of `pages`.
 
     Args:
@@ -358,17 +300,28 @@ def store(x: Tensor, columns: tuple[int, int], sizes: tuple[int, int], places: P
         sizes: D, Dv.
         places: of the tokens.
         pages: [pages, G, page, sum of `page_sizes`] float32 or bfloat16, contiguous.
+        passing: others like these, whose numbers in `places` are ~0, ~1, ...
     """
     run(
         _STORE[pages.dtype], x.numel(), memory(x), *columns, *sizes, places.pages.numpy(), places.offsets.numpy(),
-        places.beside.numpy(), _words(pages), places.page,
+        places.beside.numpy(), *_words(pages, passing), places.page,
     )  # fmt: skip
 
 
-def copy(pages: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """Copy whole `pages`: those of numbers `sources` [n] int64 to those of `targets` [n], which are others."""
-    words = _words(pages)
-    run(_COPY, len(sources) * words[0].size, words, sources.numpy(), targets.numpy())
+def copy(pages: Tensor, passing: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy whole `pages`: those of numbers `sources` [n] int64 to those of `targets` [n], which are others.
+
+    Targets may be `passing` ones, as in `store`.
+    """
+    words = _words(pages, passing)
+    run(_COPY, len(sources) * pages[0].numel(), *words, sources.numpy(), targets.numpy())
+
+
+def gathered(pages: Tensor, passing: Tensor, numbers: Tensor) -> Tensor:
+    """Return a copy of the pages of `numbers` [n] int64, of which those below 0 are `passing` ones, as in `store`."""
+    out, passes = pages.new_empty(len(numbers), *pages.shape[1:]), numbers < 0
+    out[~passes], out[passes] = pages[numbers[~passes]], passing[~numbers[passes]]
+    return out
 
 
 def stored_keys(pages: Tensor, dk: int) -> Tensor:
@@ -389,6 +342,7 @@ def attend(
     scale: float,
     out: Tensor,
     *,
+    passing: Tensor | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
     read: Tensor | None = None,
@@ -400,13 +354,14 @@ def attend(
     Args:
         q: [T, *] float32, contiguous; queries of all heads stand first.
         heads: H.
-        pages: as `store` left them.
+        pages: as `store` left them, with `passing`.
         sizes: D, Dv.
         places: of the tokens.
         trees: each sequence's tree [B] int64, and of each tree whether a branch sees another, and itself
             [trees, n, n] bool.
         scale: multiplies the scores.
         out: contiguous; rows beside those `read` are left as they are.
+        passing: as `store` takes it.
         window: how many positions a query sees, which `trees` hide already; None for all.
         sinks: [H], one more score per head, which takes its share of the softmax and adds nothing.
         read: [N] int64, the tokens asked for; None for all.
@@ -415,14 +370,14 @@ def attend(
     value, word = _VALUE_AND_WORD[pages.dtype]
     each = torch.full((heads,), float("-inf")) if sinks is None else sinks
     run(
-        _ATTEND, len(tokens) * heads * 2**10, memory(q), _words(pages), places.page, *sizes, places.table.numpy(),
-        tokens.numpy(), starts.numpy(), owners.numpy(), places.slots.numpy(), places.positions.numpy(),
-        places.ends.numpy(), *(x.numpy() for x in trees), window or 0, np.float32(scale), memory(each),
-        4 // pages.itemsize, value, word, memory(out),
+        _ATTEND, len(tokens) * heads * 2**10, memory(q), *_words(pages, passing), places.page, *sizes,
+        places.table.numpy(), tokens.numpy(), starts.numpy(), owners.numpy(), places.slots.numpy(),
+        places.positions.numpy(), places.ends.numpy(), *(x.numpy() for x in trees), window or 0, np.float32(scale),
+        memory(each), 4 // pages.itemsize, value, word, memory(out),
     )  # fmt: skip
 
 
-def _words(pages: Tensor) -> Any:
-    """Return [pages, G, words], pairs of bfloat16 or float32."""
-    flat = pages.flatten(2)
-    return flat.view(torch.uint32).numpy() if pages.dtype == torch.bfloat16 else flat.numpy()
+def _words(pages: Tensor, passing: Tensor | None) -> list[Any]:
+    """Return both as [pages, G, words], pairs of bfloat16 or float32."""
+    flat = [each.flatten(2) for each in (pages, pages if passing is None else passing)]
+    return [each.view(torch.uint32).numpy() if each.dtype == torch.bfloat16 else each.numpy() for each in flat]

@@ -45,7 +45,9 @@ def test_absorbed_attention_is_expanded_attention(options: dict[str, Any], count
     config, attention = decoder.config, decoder.layers[0].attention
     assert isinstance(attention, LatentAttention)
     decoder.pool.give(decoder.pool.take(1))
-    decoder.pool.layers[0].fill_(float("nan"))
+    decoder.pool.pass_through(count)
+    for pages in (decoder.pool.layers[0], decoder.pool.passing):
+        pages.fill_(float("nan"))
     x = torch.randn(count, length, 48, generator=torch.Generator().manual_seed(1))
     cos, sin = cos_sin(config.rope, inverse_frequencies(config.rope), torch.arange(length))
 

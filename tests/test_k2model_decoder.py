@@ -67,7 +67,7 @@ def test_what_is_read_has_the_bits_it_has_among_all_and_everything_is_kept(
     found = []
     for rows in (None, read):
         decoder = replace(decoders[family], pool=page_pool(decoders[family].config, torch.float32))
-        step = decoder.step([Span(tuple(ids)) for ids in PROMPTS])
+        step = decoder.step([Span(tuple(ids), keep=KeyValues(len(ids))) for ids in PROMPTS])
         for layer in decoder.pool.layers:
             layer.zero_()
         with torch.inference_mode():

@@ -45,8 +45,8 @@ def kept(pool: PagePool, size: int, past: KeyValues | None = None, first: int = 
 
 def write(step: Step) -> None:
     """Store of each token its id, and its negative in the second layer, as attention would store keys."""
-    for sign, layer in zip((1, -1), step.pool.layers, strict=True):
-        layer[step.places.pages, 0, step.places.offsets, 0] = sign * step.token_ids.float()
+    for layer, sign in enumerate((1, -1)):
+        step.begun(layer)[step.places.pages, 0, step.places.offsets, 0] = sign * step.token_ids.float()
 
 
 def stored(kv: KeyValues) -> list[int]:
@@ -124,7 +124,7 @@ def test_a_page_is_given_back_when_nobody_holds_it() -> None:
     pool = small_pool()
     shared = kept(pool, PAGE + 2)
     step = Step(pool, [Span((7,) * 20, shared, keep=(tail := KeyValues(PAGE + 22))), Span((8,), shared)])
-    assert num_taken(pool) == 2 + 2 + 1  # a beginning; 20 tokens behind its first page; one in a copy of its second
+    assert num_taken(pool) == 2 + 2  # a beginning; 20 tokens behind its first page; the last one passes
     del step
     gc.collect()
     assert num_taken(pool) == 2 + 2
@@ -135,6 +135,25 @@ def test_a_page_is_given_back_when_nobody_holds_it() -> None:
     gc.collect()
     assert num_taken(pool) == 0
     assert sorted(pool.take(pool.num_free)) == [*range(len(pool.layers[0]))]
+
+
+def test_what_nobody_keeps_stands_in_passing_pages_one_room_for_all_layers_and_steps() -> None:
+    """Behind whole pages of what it continues; the page in which it parts from that is copied in each layer."""
+    pool = small_pool()
+    shared = kept(pool, PAGE + 3, first=500)
+    for _ in range(3):
+        spans = [Span((1,) * 40, shared), Span((2,)), Span((3,), shared, keep=KeyValues(PAGE + 4))]
+        step = Step(pool, spans)
+        passing = [[~page for page in pages.ids if page < 0] for pages in step.pages]
+        assert passing == [[0, 1, 2], [3], []]
+        assert step.pages[0].ids[0] == page_ids(shared)[0]
+        assert len(pool.passing) == 4
+        for layer, sign in enumerate((1, -1)):
+            pool.passing.fill_(float("nan"))
+            step.begun(layer)
+            assert pool.passing[0, 0, :3, 0].tolist() == [sign * (500 + PAGE + place) for place in range(3)]
+            assert pool.passing[1:].isnan().all()
+        assert num_taken(pool) == 2 + 1
 
 
 def test_what_decodes_goes_on_in_its_own_pages() -> None:
@@ -395,14 +414,17 @@ def test_what_pages_held_before_changes_nothing(decoder: Decoder) -> None:
     prompt, tokens = [*range(100, 141)], (1, 2, 3)
     own = replace(decoder, pool=page_pool(decoder.config, decoder.kv_dtype))
     own.pool.give(own.pool.take(1))
+    own.pool.pass_through(4)
     for waste in (0.0, float("nan")):
-        for layer in own.pool.layers:
-            layer.fill_(waste)
+        for pages in (*own.pool.layers, own.pool.passing):
+            pages.fill_(waste)
         found = []
         for size in (1, 20, 41):
             kv, whole = KeyValues(size), KeyValues(41)
             found.append(own.forward(own.step([Span(tuple(prompt[:size]), keep=kv)])))
             found.append(own.forward(own.step([Span(tuple(prompt[size:]), kv, TREE, keep=whole)])))
+            passing = own.forward(own.step([Span((7,) * 3), Span(tuple(prompt[size:]), kv, TREE)]))
+            assert torch.equal(passing[3:], found[-1]), "what passes has the bits of what stays"
             for place, token in enumerate(tokens):
                 step = own.step([Span((token,), KeyValues(41 + place, whole.pages), decodes=True)])
                 found.append(own.forward(step))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu_attention, reference
-from kernels.cpu_attention import Places
+from kernels.places import Places
 
 DTYPES = [torch.float32, torch.bfloat16]
 NAN = float("nan")

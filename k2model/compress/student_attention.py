@@ -18,7 +18,7 @@ from k2model.decoder.branches import Branches
 from k2model.decoder.pages import PAGE, table_of
 from k2model.decoder.step import trees_of
 from kernels import cpu, cpu_attention
-from kernels.cpu_attention import Places
+from kernels.places import Places
 
 _FEW = 12
 """Examples whose attention torch's own operations compute at once."""

@@ -54,14 +54,14 @@ class Attention:
             return projected(self.o_proj, self._on_card(by_head, rope, step, window, kv_dtype), read)
         rowwise.rotate_(qkv, *rope, heads + kv_heads)
         q_width, kv_width = heads * head_dim, kv_heads * head_dim
-        pages, sizes = step.pool.layers[self.layer], (head_dim, head_dim)
+        pages, passing, sizes = step.begun(self.layer), step.pool.passing, (head_dim, head_dim)
         if kv_dtype != pages.dtype:
             qkv[:, q_width:] = cpu.rounded(qkv[:, q_width:], kv_dtype)
-        cpu_attention.store(qkv, (q_width, q_width + kv_width), sizes, step.places, pages)
+        cpu_attention.store(qkv, (q_width, q_width + kv_width), sizes, step.places, pages, passing)
         out = torch.empty(len(qkv), q_width)
         cpu_attention.attend(
             qkv, heads, pages, sizes, step.places, step.trees(window), config.softmax_scale, out,
-            window=window, sinks=self.sinks, read=read,
+            passing=passing, window=window, sinks=self.sinks, read=read,
         )  # fmt: skip
         return projected(self.o_proj, out, read)
 

@@ -21,6 +21,8 @@ from kernels import cpu
 class CardStep(Step):
     """A step whose tables are on a card, too."""
 
+    _passes = False
+
     def __init__(self, pool: PagePool, spans: Sequence[Span]) -> None:
         """Lay out `spans`. Raises: as `Step`."""
         super().__init__(pool, spans)
@@ -28,6 +30,7 @@ class CardStep(Step):
         sizes = [span.size for span in prompts]
         table, decoding = self.table.to(torch.int32), slice(self.num_prompt_tokens, None)
         self._prompts = prompts
+        self._copies = self._copies.to(pool.device)
         self._pages_of_tokens = self.table[self.owners, self.slots // pool.page].to(pool.device)
         self._offsets = (self.slots % pool.page).to(pool.device)
         self._table = table[: len(prompts)].to(pool.device)
@@ -39,10 +42,8 @@ class CardStep(Step):
         self._max_seqlen = max(sizes, default=0)
         self._found_words: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def _copy(self, sources: Tensor, targets: Tensor) -> None:
-        sources, targets = sources.to(self.pool.device), targets.to(self.pool.device)
-        for layer in self.pool.layers:
-            layer[targets] = layer[sources]
+    def _copy(self, pages: Tensor, sources: Tensor, targets: Tensor) -> None:
+        pages[targets] = pages[sources]
 
     def attend(
         self, q: Tensor, kept: Tensor, layer: int, window: int | None, scale: float, sinks: Tensor | None
@@ -70,7 +71,7 @@ class CardStep(Step):
 
     def store(self, kept: Tensor, layer: int) -> Tensor:
         """Store what is kept of the step's tokens [T, G, width] in layer `layer`, and return the layer's pages."""
-        pages = self.pool.layers[layer]
+        pages = self.begun(layer)
         pages[self._pages_of_tokens, :, self._offsets] = kept
         return pages
 

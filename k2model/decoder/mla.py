@@ -18,7 +18,7 @@ from k2model.decoder.linear import Linear, LinearReader, Quantized, normed, proj
 from k2model.decoder.rope import deinterleaved
 from k2model.decoder.step import Step
 from kernels import cpu, cpu_attention, ops
-from kernels.cpu_attention import Places
+from kernels.places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class LatentAttention:
         if isinstance(step, CardStep):
             return projected(self.o_proj, self._on_card(q, kept, step), read)
         out = torch.empty(len(q), heads * config.v_head_dim)
-        kept, pages, sizes = kept.float(), step.pool.layers[self.layer], (kept.shape[1], config.kv_lora_rank)
-        cpu_attention.store(kept, (0, 0), sizes, step.places, pages)
+        kept, pages, sizes = kept.float(), step.begun(self.layer), (kept.shape[1], config.kv_lora_rank)
+        cpu_attention.store(kept, (0, 0), sizes, step.places, pages, step.pool.passing)
         prompts = step.num_prompt_tokens
         if prompts:
             self._expanded(q[:prompts], pages, step, window, out[:prompts], read)
@@ -88,16 +88,17 @@ class LatentAttention:
         heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
         sizes = (width, config.v_head_dim)
         used, filled, places = step.prompt_pages
-        latents = cpu_attention.stored_keys(pages[used], config.kv_lora_rank + config.qk_rope_head_dim)
+        own = cpu_attention.gathered(pages, step.pool.passing, used)
+        latents = cpu_attention.stored_keys(own, config.kv_lora_rank + config.qk_rope_head_dim)
         latents[~filled.flatten()] = 0  # a slot behind an odd end is read with the one before, and weighs nothing
         k, v = self._keys_values(latents).split(sizes, dim=-1)
         k_v, at = torch.cat([k.flatten(1), v.flatten(1)], dim=1), (0, heads * width)
         of_heads = pages.new_zeros(len(used), heads, step.pool.page, sum(cpu_attention.page_sizes(*sizes)))
         cpu_attention.store(k_v, at, sizes, Places.of_pages(len(used), step.pool.page), of_heads)
-        own = None if read is None else read[read < len(q)]
+        asked = None if read is None else read[read < len(q)]
         cpu_attention.attend(
             q.flatten(1), heads, of_heads, sizes, places, step.trees(window), config.softmax_scale, out,
-            window=window, read=own,
+            window=window, read=asked,
         )  # fmt: skip
 
     def _keys_values(self, kept: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Keys and values in pages: a sequence's stand in a table, slot 0 first.
 
 Whole pages of a beginning that others share are theirs too; the page in which a sequence parts from them is copied.
+What nobody reads after the step passes: in memory, one room serves all layers, one after the other, for those pages.
 
 Legend: G key-value heads.
 """
@@ -47,6 +48,8 @@ class PagePool:
         self._is_zeroed = is_zeroed
         self.layers = [torch.zeros(0, kv_heads, page, width, dtype=dtype, device=device) for _ in range(num_layers)]
         """Per layer [pages, G, page, width]: keys and values side by side, or the latent and the rotated key."""
+        self.passing = self.layers[0]
+        """Pages that a layer leaves to the next one, numbered ~0, ~1, ... in tables; none on a card."""
         self._num_pages = 0
         self._free: list[int] = []
 
@@ -69,6 +72,11 @@ class PagePool:
                 self._grow(self._num_pages + count)
         return [self._free.pop() for _ in range(count)]
 
+    def pass_through(self, count: int) -> None:
+        """Have so many passing pages; what they hold may be lost. Raises: torch.OutOfMemoryError."""
+        if len(self.passing) < count:
+            self.passing = self.passing.new_empty(count, *self.passing.shape[1:])
+
     def give(self, pages: list[int]) -> None:
         """Take pages back; any thread may say so."""
         self._free.extend(pages)
@@ -87,19 +95,30 @@ class Pages:
     """The pages of one sequence from slot 0 on: whole ones of its past, then its own, given back when it is dropped."""
 
     def __init__(self, pool: PagePool, past: "Pages | None" = None, num_past_slots: int = 0) -> None:
+        """Begin with those of `past` that its first `num_past_slots` fill."""
         self.pool = pool
         self.past = past  # not given back while this one reads them
         self.ids: list[int] = past.ids[: num_past_slots // pool.page] if past else []
-        self._num_shared = len(self.ids)
+        self._num_others = len(self.ids)
 
     def reach(self, num_slots: int) -> None:
         """Have room for so many slots."""
-        missing = -(-num_slots // self.pool.page) - len(self.ids)
+        missing = self._missing(num_slots)
         if missing > 0:
             self.ids = self.ids + self.pool.take(missing)
 
+    def pass_through(self, num_slots: int, first: int) -> int:
+        """Have room for so many slots in passing pages from `first` on; return the next one that is free."""
+        missing = self._missing(num_slots)
+        self.ids = self.ids + [~place for place in range(first, first + missing)]
+        self._num_others = len(self.ids)
+        return first + missing
+
+    def _missing(self, num_slots: int) -> int:
+        return -(-num_slots // self.pool.page) - len(self.ids)
+
     def __del__(self) -> None:
-        self.pool.give(self.ids[self._num_shared :])
+        self.pool.give(self.ids[self._num_others :])
 
 
 def table_of(rows: Sequence[list[int]]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from k2model.decoder.branches import Branches
 from k2model.decoder.pages import PagePool, Pages, table_of
 from kernels import cpu_attention
-from kernels.cpu_attention import Places
+from kernels.places import Places
 
 _NO_BRANCHES = Branches()
 
@@ -66,15 +66,20 @@ class Span:
 class Step:
     """One forward pass over packed tokens: in the order of the spans, of each its tokens and then its branches."""
 
+    _passes = True
+    """Whether what no span keeps stands in passing pages."""
+
     def __init__(self, pool: PagePool, spans: Sequence[Span]) -> None:
-        """Give every token a slot in a page, and copy the pages in which sequences part from what they share.
+        """Give every token a slot in a page.
 
         Raises: torch.OutOfMemoryError; ValueError if a span that decodes stands before one that does not.
         """
         if any(one.decodes and not other.decodes for one, other in pairwise(spans)):
             raise ValueError("spans that decode stand behind the others")
-        self.pool, self.spans = pool, spans
+        self.pool, self.spans, self._num_passing = pool, spans, 0
         self.pages = [self._pages_of(span) for span in spans]
+        pool.pass_through(self._num_passing)
+        self._copies = self._found_copies()
         sizes = [span.size for span in spans]
         bounds = [0, *accumulate(sizes)]
         self.rows = [slice(*bound) for bound in pairwise(bounds)]
@@ -97,7 +102,6 @@ class Step:
         self.table = table_of([pages.ids for pages in self.pages])
         """[B, most pages of one] int64, in memory."""
         self._trees: dict[int | None, tuple[Tensor, Tensor]] = {}
-        self._copy_pages()
 
     def _pages_of(self, span: Span) -> Pages:
         past = span.past.pages if span.past else None
@@ -106,25 +110,32 @@ class Step:
             pages = past
         else:
             pages = Pages(self.pool, past, span.start)
+            if self._passes and span.keep is None:
+                self._num_passing = pages.pass_through(span.start + span.size, self._num_passing)
         pages.reach(span.start + span.size)
         if span.keep is not None:
             span.keep.pages = pages
         return pages
 
-    def _copy_pages(self) -> None:
-        """Copy the pages in which spans begin but not at their start, from those they continue."""
+    def _found_copies(self) -> Tensor:
+        """Return the pages in which spans begin but not at their start, and those they continue before [2, n] int64."""
         page = self.pool.page
         pairs = [
             (pages.past.ids[span.start // page], pages.ids[span.start // page])
             for span, pages in zip(self.spans, self.pages, strict=True)
             if not span.decodes and pages.past is not None and span.start % page
         ]
-        if pairs:
-            self._copy(*torch.tensor(pairs).t().contiguous())
+        return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous()
 
-    def _copy(self, sources: Tensor, targets: Tensor) -> None:
-        for layer in self.pool.layers:
-            cpu_attention.copy(layer, sources, targets)
+    def begun(self, layer: int) -> Tensor:
+        """Return the pages of `layer`, once those in which sequences part from what they share are copied."""
+        pages = self.pool.layers[layer]
+        if self._copies.numel():
+            self._copy(pages, *self._copies)
+        return pages
+
+    def _copy(self, pages: Tensor, sources: Tensor, targets: Tensor) -> None:
+        cpu_attention.copy(pages, self.pool.passing, sources, targets)
 
     @functools.cached_property
     def places(self) -> Places:
