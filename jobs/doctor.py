@@ -154,7 +154,7 @@ def int8() -> Check:
     if has_int8_product():
         return Check(name="int8", state="ok", message="exact in int32 through oneDNN")
     way = "pairs of int16" if HAS_INT16_PAIRS else "float32"
-    message = f"oneDNN has no exact or no fast int8 product here, so they go through {way}: the same bits, but slower"
+    message = f"oneDNN has no exact or no fast product here, so {way} are multiplied: the same bits, but slower"
     return Check(name="int8", state="warn", message=message, remedy="use a processor with VNNI or AMX")
 
 

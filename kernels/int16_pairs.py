@@ -1,6 +1,6 @@
 """INT8 products of processors without an instruction for them: exactly, through pairs of int16.
 
-Both sides are widened for a product, 2 % of it at 1,024 rows. Then sums of 4 rows and 16 columns stay in registers.
+Both sides are widened for each product; then the sums of a tile stay in registers.
 
 Legend: T rows, K in features, N out features.
 """

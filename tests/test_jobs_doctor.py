@@ -37,6 +37,16 @@ def test_cpu_flags_of_both_kinds_of_machine() -> None:
     assert doctor.cpu_flags("") == frozenset()
 
 
+@pytest.mark.parametrize(("has_pairs", "way"), [(True, "pairs of int16"), (False, "float32")])
+def test_a_processor_without_an_int8_product_is_told_what_is_done(
+    monkeypatch: pytest.MonkeyPatch, has_pairs: bool, way: str
+) -> None:
+    monkeypatch.setattr("kernels.cpu.has_int8_product", lambda: False)
+    monkeypatch.setattr("kernels.dot_tiles.HAS_INT16_PAIRS", has_pairs)
+    check = doctor.int8()
+    assert (check.state, way in check.message) == ("warn", True)
+
+
 def test_a_foreign_kernels_package_fails_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.2")
     check = doctor.kernels_owner()
