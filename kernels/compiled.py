@@ -5,7 +5,9 @@ is contracted or reordered, so that a row's bits are its own on every processor 
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -72,9 +74,17 @@ def memory(x: Tensor) -> npt.NDArray[Any]:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
+@functools.cache
+def digest_of(folder: Path) -> str:
+    """Return a digest of those files in `folder` that loops may be compiled of."""
+    sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(source for source in sources if b"numba" in source)).hexdigest()[:8]
+
+
 def _compiled(loop: Loop, shared: bool) -> Loop:
-    # Under a name of its own: what numba keeps on disk is found by name alone, and it takes the one for the other.
-    name = f"{loop.__name__}_{'shared' if shared else 'alone'}"
+    # Under a name of its own: what numba keeps on disk is found by name and its own file's time alone. So it takes one
+    # way for the other, and a loop for what it was before a file changed that parts of it come from.
+    name = f"{loop.__name__}_{'shared' if shared else 'alone'}_{digest_of(Path(__file__).parent)}"
     loop = FunctionType(loop.__code__.replace(co_name=name, co_qualname=name), loop.__globals__)
     try:
         return numba.njit(parallel=shared, cache=True, error_model="numpy")(loop)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import compiled
-from kernels.compiled import both, run
+from kernels.compiled import both, digest_of, run
 
 
 def doubled(x: Any, out: Any) -> None:
@@ -20,8 +20,20 @@ def doubled(x: Any, out: Any) -> None:
 
 def test_both_ways_of_a_loop_are_kept_under_their_own_names() -> None:
     """Numba finds them by name alone, and took the one that is shared out for the one that is not."""
+    digest = digest_of(Path(compiled.__file__).parent)
     names = [loop.py_func.__qualname__ for loop in both(doubled)]  # type: ignore[attr-defined]
-    assert names == ["doubled_alone", "doubled_shared"]
+    assert names == [f"doubled_alone_{digest}", f"doubled_shared_{digest}"]
+
+
+def test_a_loop_is_not_found_again_once_a_file_changed_that_parts_of_it_come_from(tmp_path: Path) -> None:
+    """Numba looks at the time of the loop's own file, and went on with the tiles that another one held before."""
+    tiles, other = tmp_path / "tiles.py", tmp_path / "other.py"
+    digests = []
+    for tile_text, other_text in (("import numba", ""), ("import numba", "1"), ("import numba  # 2", "1")):
+        tiles.write_text(tile_text)
+        other.write_text(other_text)
+        digests.append(digest_of.__wrapped__(tmp_path))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
