@@ -142,12 +142,9 @@ def test_what_nobody_keeps_stands_in_passing_pages_one_room_for_all_layers_and_s
     pool = small_pool()
     shared = kept(pool, PAGE + 3, first=500)
     for _ in range(3):
-        spans = [Span((1,) * 40, shared), Span((2,)), Span((3,), shared, keep=KeyValues(PAGE + 4))]
-        step = Step(pool, spans)
-        passing = [[~page for page in pages.ids if page < 0] for pages in step.pages]
-        assert passing == [[0, 1, 2], [3], []]
-        assert step.pages[0].ids[0] == page_ids(shared)[0]
-        assert len(pool.passing) == 4
+        step = Step(pool, [Span((1,) * 40, shared), Span((2,)), Span((3,), shared, keep=KeyValues(PAGE + 4))])
+        assert [[~page for page in pages.ids if page < 0] for pages in step.pages] == [[0, 1, 2], [3], []]
+        assert (step.pages[0].ids[0], len(pool.passing)) == (page_ids(shared)[0], 4)
         for layer, sign in enumerate((1, -1)):
             pool.passing.fill_(float("nan"))
             step.begun(layer)
