@@ -76,9 +76,8 @@ def memory(x: Tensor) -> npt.NDArray[Any]:
 
 @functools.cache
 def digest_of(folder: Path) -> str:
-    """Return a digest of those files in `folder` that loops may be compiled of."""
-    sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-    return hashlib.sha256(b"".join(source for source in sources if b"numba" in source)).hexdigest()[:8]
+    """Return a digest of the sources in `folder`: functions and constants of any may be compiled into a loop."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:8]
 
 
 def _compiled(loop: Loop, shared: bool) -> Loop:

@@ -77,12 +77,12 @@ def _fused_pairs(builder: Any, total: Any, x: Any, y: Any) -> Any:
 
 def _int16_pairs(builder: Any, total: Any, x: Any, y: Any) -> Any:
     """Add both products of each pair of int16, by the instruction for that where there is one."""
-    name, lanes = ("llvm.x86.avx512.pmaddw.d.512", 16) if "+avx512bw" in _FEATURES else ("llvm.x86.avx2.pmadd.wd", 8)
     if not HAS_INT16_PAIRS:
         half = ir.Constant(_WORDS, [16] * LANES)
         low = [builder.ashr(builder.shl(word, half), half) for word in (x, y)]
         high = [builder.ashr(word, half) for word in (x, y)]
         return builder.add(total, builder.add(builder.mul(*low), builder.mul(*high)))
+    name, lanes = ("llvm.x86.avx512.pmaddw.d.512", 16) if "+avx512bw" in _FEATURES else ("llvm.x86.avx2.pmadd.wd", 8)
     sums = []
     for first in range(0, LANES, lanes):
         some = ir.Constant(ir.VectorType(_INT32, lanes), [*range(first, first + lanes)])
@@ -104,6 +104,12 @@ def _spread(builder: Any, word: Any) -> Any:
     nothing = ir.Constant(_WORDS, ir.Undefined)
     one = builder.insert_element(nothing, builder.bitcast(word, _INT32), _INT32(0))
     return builder.shuffle_vector(one, nothing, ir.Constant(_WORDS, [0] * LANES))
+
+
+def _start(context: Any, builder: Any, of: Any, arguments: Any, place: int) -> Any:
+    """Return a pointer into the array that is argument `place`, to where the argument behind it says."""
+    array = context.make_array(of.args[place])(context, builder, arguments[place])
+    return builder.gep(array.data, [arguments[place + 1]])
 
 
 def _vector(builder: Any, pointer: Any, kind: Any) -> Any:
@@ -175,11 +181,8 @@ def tile(vectors: int, anew: bool) -> Any:
         signature = types.void(a, index, index, b, index, index, index, c, index, index, index)
 
         def generate(context: Any, builder: Any, of: Any, arguments: Any) -> Any:
-            def begin(place: int) -> Any:
-                array = context.make_array(of.args[place])(context, builder, arguments[place])
-                return builder.gep(array.data, [arguments[place + 1]])
-
-            at = [begin(0), arguments[2], begin(3), *arguments[5:7], begin(7), *arguments[9:]]
+            a_at, b_at, c_at = (_start(context, builder, of, arguments, place) for place in (0, 3, 7))
+            at = [a_at, arguments[2], b_at, *arguments[5:7], c_at, *arguments[9:]]
             _emit(builder, vectors, (a.dtype, b.dtype), anew, at)
             return context.get_dummy_value()
 
@@ -196,11 +199,7 @@ def _interleaved(_: Any, x: Any, first: Any, row: Any, out: Any, to: Any) -> Any
     zips = [[i // 2 + i % 2 * half for i in range(first, first + half)] for first in (0, half)]
 
     def generate(context: Any, builder: Any, of: Any, arguments: Any) -> Any:
-        def begin(place: int) -> Any:
-            array = context.make_array(of.args[place])(context, builder, arguments[place])
-            return builder.gep(array.data, [arguments[place + 1]])
-
-        source, target = begin(0), begin(3)
+        source, target = (_start(context, builder, of, arguments, place) for place in (0, 3))
         places = [builder.gep(source, [builder.mul(arguments[2], _INT64(r))]) for r in range(LANES)]
         vectors = [builder.load(_vector(builder, place, pairs), align=1) for place in places]
         for _ in range(4):  # each of log2(LANES) takes turns of the first half of all pairs and of the second

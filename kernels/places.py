@@ -1,6 +1,6 @@
 """Where tokens of a step stand in pages, and which queries are computed at once.
 
-Legend: T tokens of a step, B sequences, S slots, N queries asked for, I items.
+Legend: T tokens of a step, B sequences, N queries asked for, I items.
 """
 
 import functools

@@ -6,7 +6,8 @@ What nobody reads after the step passes: in memory, one room serves all layers, 
 Legend: G key-value heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -107,12 +108,10 @@ class Pages:
         if missing > 0:
             self.ids = self.ids + self.pool.take(missing)
 
-    def pass_through(self, num_slots: int, first: int) -> int:
-        """Have room for so many slots in passing pages from `first` on; return the next one that is free."""
-        missing = self._missing(num_slots)
-        self.ids = self.ids + [~place for place in range(first, first + missing)]
+    def pass_through(self, num_slots: int, passing: Iterator[int]) -> None:
+        """Have room for so many slots, in the next of the `passing` pages."""
+        self.ids = self.ids + [~place for place in islice(passing, self._missing(num_slots))]
         self._num_others = len(self.ids)
-        return first + missing
 
     def _missing(self, num_slots: int) -> int:
         return -(-num_slots // self.pool.page) - len(self.ids)

@@ -9,9 +9,9 @@ Legend: T tokens of the step, B sequences.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 
 import torch
 from torch import Tensor
@@ -76,9 +76,9 @@ class Step:
         """
         if any(one.decodes and not other.decodes for one, other in pairwise(spans)):
             raise ValueError("spans that decode stand behind the others")
-        self.pool, self.spans, self._num_passing = pool, spans, 0
-        self.pages = [self._pages_of(span) for span in spans]
-        pool.pass_through(self._num_passing)
+        self.pool, self.spans, passing = pool, spans, count()
+        self.pages = [self._pages_of(span, passing) for span in spans]
+        pool.pass_through(next(passing))
         self._copies = self._found_copies()
         sizes = [span.size for span in spans]
         bounds = [0, *accumulate(sizes)]
@@ -103,7 +103,7 @@ class Step:
         """[B, most pages of one] int64, in memory."""
         self._trees: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def _pages_of(self, span: Span) -> Pages:
+    def _pages_of(self, span: Span, passing: Iterator[int]) -> Pages:
         past = span.past.pages if span.past else None
         if span.decodes:
             assert past is not None
@@ -111,7 +111,7 @@ class Step:
         else:
             pages = Pages(self.pool, past, span.start)
             if self._passes and span.keep is None:
-                self._num_passing = pages.pass_through(span.start + span.size, self._num_passing)
+                pages.pass_through(span.start + span.size, passing)
         pages.reach(span.start + span.size)
         if span.keep is not None:
             span.keep.pages = pages
